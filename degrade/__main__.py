@@ -1,0 +1,4 @@
+from degrade.cli import main
+
+if __name__ == "__main__":  # worker processes import this module under another name
+    main()

@@ -1,0 +1,1 @@
+"""What the runs say. Each analysis takes plain data and returns plain records."""

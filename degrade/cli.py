@@ -1,0 +1,415 @@
+"""The command line: parse, call, print. Torch, pandas and matplotlib are imported by the commands that need them."""
+
+import functools
+import json
+import re
+import signal
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from degrade import __version__, store, terminal
+from degrade.config import BLOCKS, PROTOCOLS, RunConfig, protocol_fields, study_name
+from degrade.errors import Failure
+
+DAY = 86_400
+FIELDS = "Fields of the protocol, each of which can be overridden"
+SWEEP_FIELDS = ("depths", "blocks", "seeds", "dataset", "protocol", "study")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Reproduce and study the degradation problem: deeper plain nets get a higher training error "
+    "(He et al. 2015), and residual nets do not.",
+)
+console = Console()
+Results = Annotated[Path, typer.Argument(help="A folder of results: of one study, or of several.")]
+
+
+class Terminated(BaseException):
+    """SIGTERM, so that clean-up happens on the way out as it does for Ctrl-C."""
+
+
+def main() -> None:
+    app(prog_name="degrade")
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command whose expected errors are one line: exit 2 for usage (ValueError), 1 for failure."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except ValueError as error:
+            _exit(str(error), 2)
+        except Failure as error:
+            _exit(str(error), 1)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            _exit(f"{where}{error.strerror or error}", 1)
+
+    return app.command()(run)
+
+
+def _exit(message: str, code: int) -> None:
+    print(f"degrade: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"degrade {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+@command
+def sweep(
+    spec: Annotated[Path | None, typer.Argument(help="A TOML file with any of these settings; flags win.")] = None,
+    depths: Annotated[str | None, typer.Option(help="6n+2, such as 20,32,44,56,110.")] = None,
+    blocks: Annotated[str | None, typer.Option(help="plain, residual or both.", show_default="plain,residual")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2.", show_default="0")] = None,
+    dataset: Annotated[str | None, typer.Option(help="cifar10 or shapes.", show_default="cifar10")] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(PROTOCOLS)}: what the fields below start from.", show_default="paper"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder of results.")] = Path("results"),
+    study: Annotated[str | None, typer.Option(help="Its folder there.", show_default="from what is asked for")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where the data are.", show_default="$DEGRADE_DATA, else ~/.cache/degrade")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    jobs: Annotated[str, typer.Option(help="Runs at a time; auto: one a core, on a CPU.")] = "auto",
+    threads: Annotated[str, typer.Option(help="CPU threads a run; auto: the cores shared out.")] = "auto",
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Resume failed runs too.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+    steps: Annotated[
+        int | None, typer.Option(help="Updates; milestones move to half and 3/4.", rich_help_panel=FIELDS)
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images an update.", rich_help_panel=FIELDS)] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=FIELDS)] = None,
+    milestones: Annotated[
+        str | None, typer.Option(help="Steps at which lr is divided by 10.", rich_help_panel=FIELDS)
+    ] = None,
+    warmup_depth: Annotated[
+        int | None, typer.Option(help="Nets at least this deep warm up.", rich_help_panel=FIELDS)
+    ] = None,
+    warmup_lr: Annotated[
+        float | None, typer.Option(help="Learning rate while warming up.", rich_help_panel=FIELDS)
+    ] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Updates of the warm-up.", rich_help_panel=FIELDS)] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of SGD.", rich_help_panel=FIELDS)] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of SGD.", rich_help_panel=FIELDS)] = None,
+    decay: Annotated[
+        str | None, typer.Option(help="Weight decay on all parameters, or conv: not on BN.", rich_help_panel=FIELDS)
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Channels of the first stage.", rich_help_panel=FIELDS)] = None,
+    shortcut: Annotated[
+        str | None, typer.Option(help="A (zero padding), B or C (projections).", rich_help_panel=FIELDS)
+    ] = None,
+    train_images: Annotated[int | None, typer.Option(help="Train on this many images.", rich_help_panel=FIELDS)] = None,
+    val_images: Annotated[
+        int | None, typer.Option(help="Hold this many training images out.", rich_help_panel=FIELDS)
+    ] = None,
+    test_images: Annotated[int | None, typer.Option(help="Test on this many images.", rich_help_panel=FIELDS)] = None,
+    split_seed: Annotated[int | None, typer.Option(help="Which images those are.", rich_help_panel=FIELDS)] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 or tf32.", show_default="tf32 on GPUs that have it", rich_help_panel=FIELDS)
+    ] = None,
+) -> None:
+    """Train a grid of nets: every depth, block and seed. The same command again goes on where it stopped.
+
+    Example: degrade sweep --depths 20,56 --blocks plain,residual
+    """
+    flags = {
+        "depths": _numbers(depths, "--depths"),
+        "blocks": _list(blocks, "--blocks"),
+        "seeds": _numbers(seeds, "--seeds"),
+        "dataset": dataset,
+        "protocol": protocol,
+        "study": study,
+        "steps": steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "milestones": _numbers(milestones, "--milestones"),
+        "warmup_depth": warmup_depth,
+        "warmup_lr": warmup_lr,
+        "warmup_steps": warmup_steps,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "decay": decay,
+        "width": width,
+        "shortcut": shortcut,
+        "train_images": train_images,
+        "val_images": val_images,
+        "test_images": test_images,
+        "split_seed": split_seed,
+        "precision": precision,
+    }
+    wanted = _read_spec(spec) | {name: value for name, value in flags.items() if value is not None}
+    grid = {
+        "depth": _distinct(wanted.pop("depths", None), "depths", int),
+        "block": _distinct(wanted.pop("blocks", list(BLOCKS)), "blocks", str),
+        "seed": _distinct(wanted.pop("seeds", [0]), "seeds", int),
+    }
+    dataset, protocol, study = (wanted.pop(key, value) for key, value in (*_DEFAULTS.items(), ("study", None)))
+    assert isinstance(dataset, str) and isinstance(protocol, str)  # noqa: PT018  (TOML may hold anything; see _read_spec)
+    _configs(grid, dataset, protocol_fields(protocol, wanted))  # bad input is told before torch is imported
+
+    from degrade import sweep as engine
+
+    device = engine.resolve_device(device)
+    if "precision" not in wanted and (default := engine.default_precision(device)) != "fp32":
+        wanted["precision"] = default
+    configs = _configs(grid, dataset, protocol_fields(protocol, wanted))
+    folder = _study_folder(out, study or study_name(dataset, protocol, wanted))
+    chosen = store.Study.open(folder) if (folder / store.STUDY).exists() else None
+    chosen = chosen or store.Study(folder, protocol, configs[0].shared())
+    chosen.check(configs)
+    machine = engine.resolve_machine(device, _auto(jobs, "--jobs"), _auto(threads, "--threads"), len(configs))
+    runs = engine.find_runs(chosen, configs)
+    finished = [s for s in engine.FINISHED if not (retry_failed and s == "failed")]
+    todo = [run for run in runs if run.status not in finished]
+
+    from degrade import bench
+
+    seconds = bench.estimate([run.config for run in todo], machine) if todo else {}
+    left = {
+        run.config.run_id: seconds[run.config.run_id] * (1 - run.record()["step"] / run.config.steps) for run in todo
+    }
+    console.print(f"Study {folder}: {len(runs)} runs, {len(todo)} to train", highlight=False, soft_wrap=True)
+    console.print(terminal.plan_table(runs, left))
+    if todo:
+        wall = bench.makespan(list(left.values()), machine.jobs)
+        console.print(
+            f"About {terminal.duration(wall)} on this machine: {machine.device}, {machine.jobs} "
+            f"run{'s' if machine.jobs > 1 else ''} at a time, {machine.threads} thread{'s' * (machine.threads > 1)} each",
+            highlight=False,
+        )
+        if wall > DAY and protocol == "paper":
+            short = [config for config in _configs(grid, dataset, protocol_fields("short", wanted))]
+            per_step = wall / sum(config.steps for config in configs)
+            rough = per_step * sum(config.steps for config in short)
+            console.print(f"That is days: --protocol short takes about {terminal.duration(rough)}", highlight=False)
+    if dry_run:
+        return
+    if todo:
+        _train(chosen, todo, machine, data_dir, {run.config.run_id: seconds[run.config.run_id] for run in todo})
+    runs = engine.find_runs(chosen, configs)
+    console.print(terminal.runs_table(runs))
+    if not all(run.status == "done" for run in runs):
+        count = sum(run.status != "done" for run in runs)
+        _exit(f"{count} of {len(runs)} runs not done; the same command goes on with those that can", 1)
+    console.print(f"Next: degrade plot {folder}; degrade verdict {folder}", highlight=False, soft_wrap=True)
+
+
+_DEFAULTS = {"dataset": "cifar10", "protocol": "paper"}
+
+
+def _train(
+    study: store.Study, todo: Sequence[store.Run], machine: Any, data_dir: Path | None, seconds: dict[str, float]
+) -> None:
+    """Fetch the data and train, shown live; exit 130 on Ctrl-C and 143 on SIGTERM, resumable."""
+    from degrade import data
+    from degrade.sweep import sweep as events
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    folder = data_dir or data.default_data_dir()
+    try:
+        data.fetch(str(study.shared["dataset"]), folder)
+        with terminal.SweepView(console, todo, seconds, machine.jobs) as view:
+            for run, event in events(study, todo, machine, folder):
+                view.show(run, event)
+    except (KeyboardInterrupt, Terminated) as stop:
+        _exit(
+            "stopped; the same command goes on from the last checkpoints", 143 if isinstance(stop, Terminated) else 130
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@command
+def show(
+    results: Results = Path("results"),
+    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As a list of objects.")] = False,
+) -> None:
+    """Show every run: its status, how far it is, and its errors.
+
+    Example: degrade show results/
+    """
+    studies = store.find_studies(results)
+    if as_json or as_csv:
+        records = [run.record() for study in studies for run in study.runs]
+        if as_json:
+            print(json.dumps(records, indent=2))
+            return
+        columns = ("id", "study", "block", "depth", "seed", "status", "epoch", "step", "train_error", "test_error")
+        print(",".join(columns))
+        for row in records:
+            print(",".join("" if row[column] is None else str(row[column]) for column in columns))
+        return
+    for study in studies:
+        console.print(
+            f"[bold]{study.name}[/bold]: {study.shared['dataset']}, protocol {study.protocol}", highlight=False
+        )
+        console.print(terminal.runs_table(study.runs))
+        for run in study.runs:
+            if run.status == "failed":
+                console.print(f"{run.folder.name}: {run.error}", markup=False, highlight=False, soft_wrap=True)
+
+
+@command
+def plot(
+    results: Results = Path("results"),
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for the figures.", show_default="figures/ in each study")
+    ] = None,
+    formats: Annotated[str, typer.Option(help="Any of png, svg, pdf.")] = "png,svg,pdf",
+) -> None:
+    """Draw each study: training error v depth, error curves, test error v depth, the gap between the two.
+
+    Example: degrade plot results/
+    """
+    kinds = _list(formats, "--formats") or []
+    allowed = ("png", "svg", "pdf")
+    if unknown := [kind for kind in kinds if kind not in allowed]:
+        raise ValueError(f"--formats must be of {', '.join(allowed)}; got {unknown[0]!r}")
+    epochs = _load(results)
+
+    from degrade import plots
+
+    folders = {study.name: study.folder for study in store.find_studies(results)}
+    for name, rows in epochs.groupby("study", sort=True):
+        folder = out / name if out else folders[name] / "figures"
+        for title, figure in plots.figures(rows).items():
+            paths = plots.save(figure, folder, title, kinds)
+            print(f"{paths[0].with_suffix('')}.{{{','.join(kinds)}}}" if len(kinds) > 1 else paths[0])
+
+
+@command
+def verdict(
+    results: Results = Path("results"),
+    as_json: Annotated[bool, typer.Option("--json", help="As a list of objects.")] = False,
+) -> None:
+    """Say whether training error rises with depth, per block, with 95 % intervals over seeds.
+
+    Example: degrade verdict results/
+    """
+    epochs = _load(results)
+
+    from degrade.analysis.verdict import verdicts
+
+    found = verdicts(epochs)
+    if as_json:
+        print(json.dumps([v.as_dict() for v in found], indent=2))
+        return
+    for study in store.find_studies(results):
+        console.print(
+            f"[bold]{study.name}[/bold]: final training error, deeper minus shallower, in points", highlight=False
+        )
+        mine = [v for v in found if v.study == study.name]
+        if mine:
+            console.print(terminal.verdict_table(mine))
+        else:
+            console.print("nothing to compare: two finished depths of one block are needed", highlight=False)
+        for v in mine:
+            console.print(f"- {v.sentence}", highlight=False, soft_wrap=True)
+        for run in study.runs:
+            if run.status not in ("done", "diverged"):
+                console.print(f"left out: {run.folder.name} ({run.status})", highlight=False, soft_wrap=True)
+
+
+def _load(results: Path) -> Any:
+    epochs = store.load(results)
+    if epochs.empty:
+        raise ValueError(f"{results} holds no epoch yet; degrade show {results} tells how far its runs are")
+    return epochs
+
+
+def _read_spec(spec: Path | None) -> dict[str, Any]:
+    if spec is None:
+        return {}
+    if not spec.is_file():
+        raise ValueError(f"{spec} is not a file; name a TOML file such as experiments/demo.toml")
+    try:
+        values = tomllib.loads(spec.read_text())
+    except ValueError as error:
+        raise ValueError(f"{spec}: {error}") from None
+    known = [*SWEEP_FIELDS, *RunConfig(block="plain", depth=20, seed=0).shared()]
+    if unknown := [name for name in values if name not in known]:
+        raise ValueError(f"{spec}: {unknown[0]} is not a setting; the settings are {', '.join(known)}")
+    for name in ("dataset", "protocol", "study"):
+        if not isinstance(values.get(name, ""), str):
+            raise ValueError(f"{spec}: {name} must be a string; got {values[name]!r}")
+    return values
+
+
+def _list(text: str | None, flag: str) -> list[str] | None:
+    """`a,b` as a list; None where the flag was not given."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise ValueError(f"{flag} must be a list such as 20,56 or plain,residual, with nothing empty; got {text!r}")
+    return parts
+
+
+def _numbers(text: str | None, flag: str) -> list[int] | None:
+    parts = _list(text, flag)
+    if parts is None:
+        return None
+    if bad := [part for part in parts if not re.fullmatch(r"-?[0-9]{1,18}", part)]:
+        raise ValueError(f"{flag} must be whole numbers separated by commas, such as 20,56; got {bad[0]!r}")
+    return [int(part) for part in parts]
+
+
+def _distinct(values: Any, name: str, kind: type) -> list[Any]:
+    if values is None:
+        raise ValueError(f"{name} are missing: name them, such as --depths 20,56")
+    if not isinstance(values, list) or not values or not all(type(value) is kind for value in values):
+        raise ValueError(f"{name} must be a list of {'whole numbers' if kind is int else 'names'}; got {values!r}")
+    return list(dict.fromkeys(values))
+
+
+def _configs(grid: dict[str, list[Any]], dataset: str, shared: dict[str, Any]) -> list[RunConfig]:
+    return [
+        RunConfig(block=block, depth=depth, seed=seed, dataset=dataset, **shared)
+        for depth in grid["depth"]
+        for seed in grid["seed"]
+        for block in grid["block"]
+    ]
+
+
+def _study_folder(out: Path, name: str) -> Path:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", name):
+        raise ValueError(f"a study's name must be up to 100 of A-Z a-z 0-9 . _ + -; got {name!r}; set it with --study")
+    for path in (out / name, out):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file; --out and --study must name a folder")
+    return out / name
+
+
+def _auto(text: str, flag: str) -> int | None:
+    if text == "auto":
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError(f"{flag} must be auto or a whole number of at least 1; got {text!r}")
+    return int(text)

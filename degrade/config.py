@@ -1,0 +1,276 @@
+"""One run's configuration, the named protocols, and run ids. Standard library only."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, NamedTuple, Self
+
+BLOCKS = ("plain", "residual")
+SHORTCUTS = ("A", "B", "C")
+DECAYS = ("all", "conv")
+PRECISIONS = ("fp32", "tf32")
+
+
+class Dataset(NamedTuple):
+    """How many images and classes a data set has."""
+
+    train_images: int
+    test_images: int
+    num_classes: int
+
+
+DATASETS = {"cifar10": Dataset(50_000, 10_000, 10), "shapes": Dataset(10_000, 2_000, 10)}
+MAX_DEPTH = 10_000
+MAX_SEED = 2**32 - 1
+
+# What may differ between the runs of one study. Everything else is the study's protocol.
+SWEPT = ("block", "depth", "seed")
+
+
+def blocks_per_stage(depth: int) -> int:
+    """n of depth = 6n+2.
+
+    Raises:
+        ValueError: if depth is not 6n+2 with n >= 1, or above 10,000.
+    """
+    if depth < 8 or (depth - 2) % 6:
+        raise ValueError(f"depth must be 6n+2 (8, 20, 32, 44, 56, 110, ...); got {depth}")
+    if depth > MAX_DEPTH:
+        raise ValueError(f"depth must be at most {MAX_DEPTH:,}; got {depth}")
+    return (depth - 2) // 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that changes a run's result. The defaults are the paper's protocol.
+
+    Args:
+        block: "plain" or "residual".
+        depth: weight layers, 6n+2.
+        seed: of the initial weights and of the order, crops and flips of the images.
+        dataset: "cifar10" or "shapes".
+        width: channels of the first stage.
+        shortcut: "A" (zero padding), "B" (projection where the shape changes) or "C" (everywhere);
+            plain nets have none.
+        train_images: how many training images, in equal shares of the classes; None for all.
+        val_images: how many of the training images are held out for validation, likewise.
+        test_images: how many test images, likewise; None for all.
+        split_seed: of the choice of training, validation and test images; the same for every seed.
+        steps: updates.
+        batch_size: images per update.
+        lr: learning rate; divided by 10 at each milestone.
+        milestones: the steps from which the learning rate is lower; update s counts from 0.
+        warmup_depth: nets at least this deep warm up.
+        warmup_lr: learning rate while warming up.
+        warmup_steps: updates of the warm-up.
+        momentum: of SGD, not Nesterov's.
+        weight_decay: of SGD, an L2 penalty's gradient.
+        decay: "all" parameters, or "conv": the weights of convolutions and the linear layer only.
+        precision: "fp32", or "tf32" (of convolutions and matrix products on GPUs that have it).
+
+    Raises:
+        ValueError: naming the field, the rule and the value.
+    """
+
+    block: str
+    depth: int
+    seed: int
+    dataset: str = "cifar10"
+    width: int = 16
+    shortcut: str = "A"
+    train_images: int | None = None
+    val_images: int = 0
+    test_images: int | None = None
+    split_seed: int = 0
+    steps: int = 64_000
+    batch_size: int = 128
+    lr: float = 0.1
+    milestones: tuple[int, ...] = (32_000, 48_000)
+    warmup_depth: int = 110
+    warmup_lr: float = 0.01
+    warmup_steps: int = 400
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    decay: str = "all"
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _typed(field.name, field.type, getattr(self, field.name)))
+        blocks_per_stage(self.depth)
+        for name, allowed in (
+            ("block", BLOCKS),
+            ("dataset", tuple(DATASETS)),
+            ("shortcut", SHORTCUTS),
+            ("decay", DECAYS),
+            ("precision", PRECISIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        for name in ("width", "train_images", "test_images", "steps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        for name in ("val_images", "warmup_steps", "warmup_depth"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
+        for name in ("seed", "split_seed"):
+            if not 0 <= getattr(self, name) <= MAX_SEED:
+                raise ValueError(f"{name} must be from 0 to {MAX_SEED}; got {getattr(self, name)}")
+        for name in ("lr", "warmup_lr", "weight_decay", "momentum"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number of at least 0; got {value}")
+        known = DATASETS[self.dataset]
+        if self.val_images + (self.train_images or 1) > known.train_images:
+            asked = f"{self.train_images or 1} + {self.val_images}"
+            raise ValueError(
+                f"train_images + val_images must be at most the {known.train_images} of {self.dataset}; got {asked}"
+            )
+        if self.test_set_size > known.test_images:
+            raise ValueError(
+                f"test_images must be at most the {known.test_images} of {self.dataset}; got {self.test_images}"
+            )
+        if self.momentum >= 1:
+            raise ValueError(f"momentum must be below 1; got {self.momentum}")
+        if list(self.milestones) != sorted(set(self.milestones)) or (self.milestones and self.milestones[0] < 0):
+            raise ValueError(f"milestones must be rising steps, such as 32000,48000; got {list(self.milestones)}")
+
+    @property
+    def training_set_size(self) -> int:
+        """How many images the net trains on."""
+        return self.train_images or DATASETS[self.dataset].train_images - self.val_images
+
+    @property
+    def test_set_size(self) -> int:
+        """How many images the net is tested on."""
+        return self.test_images or DATASETS[self.dataset].test_images
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of update `step`, counted from 0."""
+        if self.depth >= self.warmup_depth and step < self.warmup_steps:
+            return self.warmup_lr
+        return float(self.lr / 10 ** sum(step >= milestone for milestone in self.milestones))
+
+    @property
+    def run_id(self) -> str:
+        """`<block>-<depth>-s<seed>-<hash>`; the hash is over every field, defaults included."""
+        return run_id(self.as_dict())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field, as JSON knows it."""
+        return asdict(self) | {"milestones": list(self.milestones)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `as_dict`.
+
+        Raises:
+            ValueError: an unknown or missing field, or a value that breaks a rule.
+        """
+        names = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - names):
+            raise ValueError(f"unknown field {', '.join(unknown)}; the fields are {', '.join(sorted(names))}")
+        if missing := sorted({f.name for f in fields(cls) if f.default is MISSING} - set(values)):
+            raise ValueError(f"missing field {', '.join(missing)}")
+        return cls(**values)
+
+    def shared(self) -> dict[str, Any]:
+        """The fields that all runs of a study have in common: all but block, depth and seed."""
+        return {name: value for name, value in self.as_dict().items() if name not in SWEPT}
+
+
+def run_id(values: Mapping[str, Any]) -> str:
+    """The run id of a configuration as `RunConfig.as_dict` gives it, of this version of degrade or an older one."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return f"{values['block']}-{values['depth']}-s{values['seed']}-{digest[:8]}"
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """`value` as the field's own type, so that 1 and 1.0 give one run id."""
+    if value is None and "None" in str(kind):
+        return None
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, str):
+        return value
+    if kind in (int, int | None) and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if name == "milestones" and isinstance(value, list | tuple) and all(type(v) is int for v in value):
+        return tuple(value)
+    wanted = "a list of whole numbers" if name == "milestones" else getattr(kind, "__name__", str(kind))
+    raise ValueError(f"{name} must be {wanted}; got {value!r}")
+
+
+# What each named protocol changes of the paper's. Milestones stay at half and three quarters.
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "short": {"steps": 2_000, "milestones": (1_000, 1_500)},
+    "demo": {
+        "width": 8,
+        "train_images": 4_000,
+        "test_images": 1_000,
+        "steps": 500,
+        "milestones": (250, 375),
+        "batch_size": 32,
+        "lr": 0.02,
+        "warmup_steps": 0,
+    },
+    "smoke": {
+        "width": 4,
+        "train_images": 256,
+        "test_images": 128,
+        "steps": 24,
+        "milestones": (12, 18),
+        "batch_size": 32,
+        "lr": 0.02,
+        "warmup_steps": 0,
+    },
+}
+
+
+def protocol_fields(protocol: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The shared fields of a study: the protocol's, then `overrides`.
+
+    `steps` given without `milestones` moves the milestones to half and three quarters of it.
+
+    Raises:
+        ValueError: an unknown protocol.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}")
+    values = PROTOCOLS[protocol] | dict(overrides)
+    if "steps" in overrides and "milestones" not in overrides and isinstance(values["steps"], int):
+        values["milestones"] = (values["steps"] // 2, values["steps"] * 3 // 4)
+    return values
+
+
+def study_name(dataset: str, protocol: str, overrides: Mapping[str, Any]) -> str:
+    """The default name of a study: data set, protocol and what is overridden, such as `cifar10-demo-lr0.05`."""
+    parts = [dataset, protocol]
+    for name, value in sorted(overrides.items()):
+        text = "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        parts.append(f"{name.replace('_', '')}{text}")
+    return "-".join(parts)
+
+
+def matches_protocol(shared: Mapping[str, Any], protocol: str) -> bool:
+    """Whether a study's shared fields are exactly the protocol's, whatever the data set and precision."""
+    free = {"dataset", "precision"}
+    reference = RunConfig(block="plain", depth=20, seed=0, **PROTOCOLS[protocol]).shared()
+    return all(shared.get(name) == value for name, value in reference.items() if name not in free)
+
+
+def epoch_ends(images: int, batch_size: int, steps: int) -> list[int]:
+    """The number of steps done at the end of each epoch: ceil(e*N/B), and `steps` at the last.
+
+    One epoch passes `images` images on average; the last one may be partial. Where a batch is larger
+    than the training set, each step ends an epoch.
+    """
+    ends: list[int] = []
+    while not ends or ends[-1] < steps:
+        e = len(ends) + 1
+        ends.append(min(max(-(-e * images // batch_size), ends[-1] + 1 if ends else 1), steps))
+    return ends

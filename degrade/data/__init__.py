@@ -1,0 +1,116 @@
+"""Images and labels of one data set, split and on a device.
+
+splits = load("cifar10", data_dir=Path("~/data").expanduser())
+splits.train.images  # uint8 (50000, 3, 32, 32)
+"""
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from degrade.data import cifar10, shapes
+from degrade.data.plan import random_words
+
+SOURCES = {"cifar10": cifar10, "shapes": shapes}
+SPLIT = 2  # a stream of the split seed, beside those of plan.py
+
+
+class Images(NamedTuple):
+    """uint8 images (N, 3, H, W) and int64 labels (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __getitem__(self, index):  # type: ignore[override]
+        return Images(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The images a run sees.
+
+    Args:
+        train, val, test: val has no images unless a validation split was asked for.
+        mean: per-pixel mean of the training images, divided by 255, float (3, H, W).
+        num_classes: how many labels there are.
+    """
+
+    train: Images
+    val: Images
+    test: Images
+    mean: Tensor
+    num_classes: int
+
+
+def default_data_dir() -> Path:
+    """`DEGRADE_DATA`, else `degrade` in the user's cache folder."""
+    if folder := os.environ.get("DEGRADE_DATA"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "degrade"
+
+
+def stratified(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Rising indices (count,) of a seeded random choice in which each class keeps its share, to within one image.
+
+    Raises:
+        ValueError: fewer labels than `count`.
+    """
+    if count > len(labels):
+        raise ValueError(f"{count:,} images were asked for, {len(labels):,} are there")
+    shuffled = np.argsort(random_words(seed, SPLIT, 0, len(labels)), kind="stable")
+    place = np.empty(len(labels))
+    for label in np.unique(labels.numpy()):
+        mine = shuffled[labels.numpy()[shuffled] == label]
+        place[mine] = (np.arange(len(mine)) + 0.5) / len(mine)
+    chosen = np.argsort(place, kind="stable")[:count]
+    return torch.from_numpy(np.sort(chosen))
+
+
+@lru_cache(maxsize=1)  # the runs of a study share one copy
+def load(
+    dataset: str,
+    *,
+    train_images: int | None = None,
+    val_images: int = 0,
+    test_images: int | None = None,
+    split_seed: int = 0,
+    data_dir: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> Splits:
+    """Load a data set that is there (see `fetch`), and take the images asked for.
+
+    The validation images are taken from the training images first, then `train_images` of the rest.
+
+    Raises:
+        Failure: the data set is missing or damaged.
+        ValueError: more images asked for than there are.
+    """
+    source = SOURCES[dataset]
+    train, test = (Images(*arrays) for arrays in source.load(data_dir or default_data_dir()))
+    num_classes = len(source.CLASSES)
+    held_out = torch.zeros(len(train.labels), dtype=torch.bool)
+    held_out[stratified(train.labels, val_images, split_seed)] = True
+    train, val = train[~held_out], train[held_out]
+    if train_images is not None:
+        train = train[stratified(train.labels, train_images, split_seed)]
+    if test_images is not None:
+        test = test[stratified(test.labels, test_images, split_seed)]
+    total = train.images.sum(0, dtype=torch.int64)  # exact
+    mean = (total.double() / (255 * len(train.labels))).float()
+    splits = [Images(part.images.to(device), part.labels.to(device)) for part in (train, val, test)]
+    return Splits(*splits, mean.to(device), num_classes)
+
+
+def fetch(dataset: str, data_dir: Path | None = None) -> None:
+    """Make sure that the data set is there: download it, or draw it, once.
+
+    Raises:
+        Failure: it is missing or damaged and cannot be had.
+    """
+    SOURCES[dataset].fetch(data_dir or default_data_dir())

@@ -1,0 +1,31 @@
+"""Executors run a generator function over items and pass on what it yields. They know nothing scientific."""
+
+from typing import Any, Literal, NamedTuple
+
+
+class Event(NamedTuple):
+    """Something that happened to one item.
+
+    Args:
+        index: of the item.
+        kind: "started"; "value", something its generator yielded; "done"; or "failed".
+        value: what was yielded, or the `Error` of a failed item.
+    """
+
+    index: int
+    kind: Literal["started", "value", "done", "failed"]
+    value: Any = None
+
+
+class Error(NamedTuple):
+    """An exception, as it comes back from wherever it was raised."""
+
+    type: str
+    message: str
+    traceback: str
+
+    def __str__(self) -> str:
+        """One line: the type is said where the message alone does not tell, and multi-line messages are cut."""
+        line = self.message.strip().partition("\n")[0]
+        expected = ("Failure", "Held", "OSError", "")
+        return line if self.type in expected and line else f"{self.type}: {line}".rstrip(": ")

@@ -1,0 +1,122 @@
+"""The plain and residual nets of He et al., "Deep Residual Learning" (arXiv:1512.03385), section 4.2.
+
+A plain and a residual net of one depth are the same modules in the same order; the residual one
+adds each block's input to its output. With shortcut A they have exactly the same parameters.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from degrade.config import BLOCKS, SHORTCUTS, blocks_per_stage
+
+
+class PadShortcut(nn.Module):
+    """Option A: every second pixel, extra channels zero and appended. No parameters."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.extra = out_channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
+
+
+def make_shortcut(option: str, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """A: identity, zero padded where the shape changes. B: projection there. C: projection everywhere."""
+    same_shape = stride == 1 and in_channels == out_channels
+    if option == "C" or (option == "B" and not same_shape):
+        return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+    return nn.Identity() if same_shape else PadShortcut(in_channels, out_channels, stride)
+
+
+class TwoLayers(nn.Module):
+    """Two 3x3 convolutions, each with BN: a block of the plain net, or of the residual net with a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: str | None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = make_shortcut(shortcut, in_channels, out_channels, stride) if shortcut else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.shortcut is not None:
+            out = out + self.shortcut(x)
+        return F.relu(out)
+
+
+class CifarNet(nn.Module):
+    """A 3x3 stem, three stages of n two-layer blocks on 32/16/8-pixel maps, average pooling, a linear layer."""
+
+    def __init__(self, n: int, width: int, shortcut: str | None, num_classes: int):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.stages = nn.Sequential()
+        channels = width
+        for stage in range(3):
+            out_channels = width * 2**stage
+            blocks = nn.Sequential()
+            for i in range(n):
+                stride = 2 if stage > 0 and i == 0 else 1
+                blocks.append(TwoLayers(channels, out_channels, stride, shortcut))
+                channels = out_channels
+            self.stages.append(blocks)
+        self.linear = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 3, 32, 32)
+        x = F.relu(self.bn(self.conv(x)))  # (B, width, 32, 32)
+        x = self.stages(x)  # (B, 4 width, 8, 8)
+        return self.linear(x.mean(dim=(2, 3)))  # (B, num_classes)
+
+
+def he_init(net: nn.Module) -> None:
+    """He normal init, fan_out, for convolutions and the linear layer; biases 0; BN scale 1 and shift 0.
+
+    Draws from torch's global generator. Source: arXiv:1502.01852, eq. 14 (the backward form).
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def cifar_net(depth: int, block: str, *, width: int = 16, shortcut: str = "A", num_classes: int = 10) -> CifarNet:
+    """The net of section 4.2 with `depth` weight layers, freshly initialised from torch's global generator.
+
+    Args:
+        depth: 6n+2: one stem convolution, 6n convolutions in three stages, one linear layer.
+        block: "plain" or "residual".
+        width: channels of the first stage; the others have 2 and 4 times as many.
+        shortcut: "A", "B" or "C" (residual nets only; a plain net has none).
+        num_classes: outputs of the linear layer.
+
+    Returns:
+        A module taking float images (batch, 3, height, width), 32x32 in the paper, to logits
+        (batch, num_classes). Its modules are registered in the order data passes through them.
+
+    Raises:
+        ValueError: a depth that is not 6n+2, an unknown block or shortcut, a width or number of classes below 1.
+    """
+    n = blocks_per_stage(depth)
+    if block not in BLOCKS:
+        raise ValueError(f"block must be one of {', '.join(BLOCKS)}; got {block!r}")
+    if shortcut not in SHORTCUTS:
+        raise ValueError(f"shortcut must be one of {', '.join(SHORTCUTS)}; got {shortcut!r}")
+    if width < 1:
+        raise ValueError(f"width must be at least 1; got {width}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1; got {num_classes}")
+    net = CifarNet(n, width, shortcut if block == "residual" else None, num_classes)
+    he_init(net)
+    return net
+
+
+def parameter_count(net: nn.Module) -> int:
+    """Number of trainable parameters (BN scale and shift included, running statistics not)."""
+    return sum(p.numel() for p in net.parameters() if p.requires_grad)

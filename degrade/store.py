@@ -1,0 +1,240 @@
+"""`results/` as studies and runs. What a run is doing is read off its files and its lock, never off a stored flag.
+
+results/<study>/study.json                  what all runs of the study have in common
+results/<study>/<run id>/config.json        the whole configuration
+                         log.csv            a row an epoch, written from the newest checkpoint
+                         timing.csv         seconds an epoch; the only file that knows the clock
+                         environment.json   versions, hardware, threads
+                         checkpoints/       the commit points
+                         error.txt          the traceback of a failed run
+                         lock               held while the run trains
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from degrade.commit import holder, make_folder, write_file
+from degrade.config import SWEPT, RunConfig, run_id
+from degrade.errors import Failure
+from degrade.log import Epoch, from_csv
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+STUDY, CONFIG, LOG, TIMING = "study.json", "config.json", "log.csv", "timing.csv"
+ENVIRONMENT, CHECKPOINTS, ERROR, LOCK = "environment.json", "checkpoints", "error.txt", "lock"
+
+
+def to_json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        Failure: the file is not a JSON object.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise Failure(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise Failure(f"{path} is not a JSON object")
+    return values
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder. The properties are read once; make another `Run` to see what has changed."""
+
+    study: str
+    folder: Path
+    config: RunConfig
+
+    @classmethod
+    def open(cls, study: str, folder: Path) -> Self:
+        """
+        Raises:
+            Failure: its config.json is unreadable, or is not the one the run id was made from.
+        """
+        values = read_json(folder / CONFIG)
+        try:
+            config = RunConfig.from_dict(values)
+        except ValueError as error:
+            raise Failure(f"{folder / CONFIG}: {error}") from None
+        if (identity := run_id(values)) != folder.name:
+            raise Failure(f"{folder / CONFIG} was edited: it belongs to {identity}")
+        return cls(study, folder, config)
+
+    @cached_property
+    def epochs(self) -> list[Epoch]:
+        """The rows of log.csv; none where it is not there.
+
+        Raises:
+            Failure: it is not a log of degrade's.
+        """
+        try:
+            return from_csv((self.folder / LOG).read_text())
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            raise Failure(f"{self.folder / LOG}: {error}") from None
+
+    @cached_property
+    def status(self) -> str:
+        """done, running, interrupted, failed, diverged or missing."""
+        if holder(self.folder / LOCK) is not None:
+            return "running"
+        if self.epochs and self.epochs[-1].diverged:
+            return "diverged"
+        if self.epochs and self.epochs[-1].step >= self.config.steps:
+            return "done"
+        if (self.folder / ERROR).exists():
+            return "failed"
+        if self.epochs or any((self.folder / CHECKPOINTS).glob("*.pt")):
+            return "interrupted"
+        return "missing"
+
+    @property
+    def error(self) -> str:
+        """The last line of error.txt, or nothing."""
+        try:
+            return (self.folder / ERROR).read_text().rstrip().rpartition("\n")[2]
+        except FileNotFoundError:
+            return ""
+
+    def record(self) -> dict[str, Any]:
+        """One row of `degrade show`; None for what is not known yet."""
+        last = self.epochs[-1] if self.epochs else None
+        return {
+            "id": self.folder.name,
+            "study": self.study,
+            "block": self.config.block,
+            "depth": self.config.depth,
+            "seed": self.config.seed,
+            "status": self.status,
+            "epoch": last.epoch if last else 0,
+            "step": last.step if last else 0,
+            "train_error": last.train_error if last else None,
+            "test_error": last.test_error if last else None,
+        }
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs that differ in block, depth and seed only.
+
+    Args:
+        folder: of the study; its name is the study's.
+        protocol: the name of the protocol it started from.
+        shared: the configuration that all of its runs have in common.
+    """
+
+    folder: Path
+    protocol: str
+    shared: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """
+        Raises:
+            Failure: its study.json is unreadable.
+        """
+        values = read_json(folder / STUDY)
+        if not (isinstance(values.get("protocol"), str) and isinstance(values.get("shared"), dict)):
+            raise Failure(f"{folder / STUDY} is not of a study of degrade's")
+        try:  # fill in the fields that a later version of degrade has added
+            shared = RunConfig.from_dict({"block": "plain", "depth": 20, "seed": 0} | values["shared"]).shared()
+        except ValueError as error:
+            raise Failure(f"{folder / STUDY}: {error}") from None
+        return cls(folder, values["protocol"], shared)
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """By block, depth and seed.
+
+        Raises:
+            Failure: a run's config.json is unreadable, or differs from the study's elsewhere.
+        """
+        runs = [Run.open(self.name, path.parent) for path in self.folder.glob(f"*/{CONFIG}")]
+        for run in runs:
+            if run.config.shared() != self.shared:
+                raise Failure(f"{run.folder / CONFIG} is of another study: {difference(self.shared, run.config)}")
+        return sorted(runs, key=lambda run: (run.config.block, run.config.depth, run.config.seed))
+
+    def check(self, configs: Iterable[RunConfig]) -> None:
+        """
+        Raises:
+            ValueError: a configuration differs from the study's in more than block, depth and seed.
+        """
+        for config in configs:
+            if config.shared() != self.shared:
+                raise ValueError(
+                    f"study {self.name} was run with another protocol: {difference(self.shared, config)}. "
+                    "Give this sweep a study of its own with --study NAME"
+                )
+
+    def create(self, configs: Iterable[RunConfig]) -> None:
+        """Write study.json, and each run's config.json, where they are not there yet."""
+        make_folder(self.folder)
+        if not (self.folder / STUDY).exists():
+            write_file(self.folder / STUDY, to_json({"protocol": self.protocol, "shared": self.shared}))
+        for config in configs:
+            folder = self.folder / config.run_id
+            if not (folder / CONFIG).exists():
+                make_folder(folder)
+                write_file(folder / CONFIG, to_json(config.as_dict()))
+
+
+def difference(shared: Mapping[str, Any], config: RunConfig) -> str:
+    """`lr 0.1 there, 0.05 here; ...`"""
+    mine = config.shared()
+    return "; ".join(
+        f"{name} {shared.get(name)} there, {mine.get(name)} here"
+        for name in sorted(set(shared) | set(mine))
+        if shared.get(name) != mine.get(name)
+    )
+
+
+def find_studies(root: Path) -> list[Study]:
+    """Every study in `root` or below it, by folder.
+
+    Raises:
+        ValueError: `root` is not a folder, or holds no study.
+    """
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise ValueError(f"{root} {what}; name a folder of results, such as results/")
+    studies = [Study.open(path.parent) for path in sorted(root.rglob(STUDY))]
+    if not studies:
+        raise ValueError(f"{root} holds no study (a folder with {STUDY}); `degrade sweep --out {root}` makes one")
+    return studies
+
+
+def load(folder: str | Path) -> "pd.DataFrame":
+    """All logs below `folder`: a row an epoch, with the run's study, protocol, id, status and configuration.
+
+    Errors are fractions in [0, 1], losses nats; `log.Epoch` and `config.RunConfig` define the columns.
+
+    Raises:
+        ValueError: `folder` is not a folder, or holds no study.
+        Failure: a file in it is damaged or another program's.
+    """
+    import pandas as pd
+
+    names = {name: None for name in ("study", "protocol", "id", "status", *SWEPT)}
+    rows: list[dict[str, Any]] = []
+    for study in find_studies(Path(folder)):
+        for run in study.runs:
+            about = names | {"study": study.name, "protocol": study.protocol, "id": run.folder.name}
+            about |= {"status": run.status} | run.config.as_dict()
+            rows += [about | asdict(epoch) for epoch in run.epochs]
+    return pd.DataFrame(rows)

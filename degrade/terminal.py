@@ -1,0 +1,205 @@
+"""What a person sees in a terminal: tables, and the live view of a sweep."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from degrade.analysis.verdict import Verdict
+from degrade.config import RunConfig, epoch_ends
+from degrade.execute import Event
+from degrade.log import Epoch
+from degrade.store import Run
+
+if TYPE_CHECKING:
+    from degrade.sweep import Progress
+
+STYLES = {"done": "green", "running": "cyan", "failed": "red", "diverged": "red", "interrupted": "yellow"}
+VERDICT_STYLES = {"degrades": "red", "does not degrade": "green"}
+
+
+def percent(error: float | None) -> str:
+    """An error in [0, 1] as a table shows it."""
+    return "-" if error is None else f"{100 * error:.2f} %"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.5 h`, `2.1 days`"""
+    for limit, unit, name, digits in ((99.5, 1, "s", 0), (99.5 * 60, 60, "min", 0), (48 * 3600, 3600, "h", 1)):
+        if seconds < limit:
+            return f"{seconds / unit:.{digits}f} {name}"
+    return f"{seconds / 86400:.1f} days"
+
+
+def label(config: RunConfig) -> str:
+    """The run id without its hash, which all runs of a study can do without."""
+    return f"{config.block}-{config.depth}-s{config.seed}"
+
+
+def plan_table(runs: Sequence[Run], seconds: Mapping[str, float]) -> Table:
+    """The runs of a sweep: what will be done about each, and about how long it takes."""
+    table = _table("run", "block", ">depth", ">seed", "plan", ">time")
+    for run in runs:
+        config, status = run.config, run.status
+        plan = {"missing": "new", "interrupted": "resumed"}.get(status, status)
+        time_needed = duration(seconds[config.run_id]) if run.folder.name in seconds else "-"
+        style = STYLES.get(status)
+        table.add_row(
+            config.run_id, config.block, str(config.depth), str(config.seed), Text(plan, style or ""), time_needed
+        )
+    return table
+
+
+def runs_table(runs: Sequence[Run]) -> Table:
+    """`degrade show`"""
+    table = _table("run", "status", ">epoch", ">step", ">train error", ">test error")
+    for run in runs:
+        row = run.record()
+        table.add_row(
+            row["id"],
+            Text(row["status"], STYLES.get(row["status"], "")),
+            str(row["epoch"]),
+            f"{row['step']:,}",
+            percent(row["train_error"]),
+            percent(row["test_error"]),
+        )
+    return table
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> Table:
+    """The comparisons of one study, in percentage points."""
+    table = _table("nets", ">depths", ">seeds", ">difference", ">95 % interval", "verdict")
+    for v in verdicts:
+        between = "-" if v.low is None or v.high is None else f"{100 * v.low:+.2f} to {100 * v.high:+.2f}"
+        table.add_row(
+            v.block.replace("-", " - "),
+            f"{v.deep} v {v.shallow}",
+            str(v.seeds),
+            f"{100 * v.difference:+.2f}",
+            between,
+            Text(v.verdict, VERDICT_STYLES.get(v.verdict, "")),
+        )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    """A plain table; `>` before a heading aligns its column to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.lstrip(">"), justify="right" if right else "left", overflow="fold")
+    return table
+
+
+class SweepView:
+    """Shows a sweep as it goes: a live table on a terminal, a line an epoch elsewhere.
+
+    Use as a context manager, and hand every event to `show`.
+    """
+
+    def __init__(self, console: Console, runs: Sequence[Run], seconds: Mapping[str, float], jobs: int):
+        self.console = console
+        self.jobs = jobs
+        self.rows = {run.folder: _Row(run.config, seconds[run.config.run_id]) for run in runs}
+        self.live = Live(console=console, refresh_per_second=4, get_renderable=self._render)
+
+    def __enter__(self) -> "SweepView":
+        if self.console.is_terminal:
+            self.live.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.console.is_terminal:
+            self.live.__exit__(*exception)
+
+    def show(self, run: Run, event: Event) -> None:
+        row = self.rows[run.folder]
+        if event.kind == "value":
+            ended = row.advance(event.value)
+            if event.value.note:
+                self.line(event.value.note)
+            if ended and not self.console.is_terminal:
+                self.line(f"{row.label}  {row.line()}")
+        elif event.kind == "failed":
+            row.state = "failed"
+            self.line(f"{row.label} failed: {event.value}")
+        elif event.kind == "started":
+            row.state = "running"
+        else:
+            row.state = "diverged" if row.last and row.last.diverged else "done"
+            if row.state == "diverged":
+                self.line(f"{row.label} diverged: its training loss is {row.last.train_loss if row.last else ''}")
+
+    def line(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def _render(self) -> RenderableType:
+        rows = list(self.rows.values())
+        room = max(self.console.height - 4, 3)
+        shown = rows
+        if len(rows) > room:  # what is going on first, then what is done last
+            shown = [r for r in rows if r.state == "running"] + [r for r in rows if r.state != "running"][::-1]
+            shown = [r for r in rows if r in shown[:room]]
+        table = _table("run", "status", ">epoch", "progress", ">train", ">test", ">left")
+        for row in shown:
+            table.add_row(*row.cells())
+        done = sum(row.state not in ("waiting", "running") for row in rows)
+        left = sum(row.seconds_left for row in rows) / self.jobs
+        left = max([left, *(row.seconds_left for row in rows)])
+        return Group(table, Text(f"{done} of {len(rows)} runs ended, about {duration(left)} left", "bold"))
+
+
+class _Row:
+    """One run in the view."""
+
+    def __init__(self, config: RunConfig, seconds: float):
+        self.label = label(config)
+        self.steps = config.steps
+        self.epochs = len(epoch_ends(config.training_set_size, config.batch_size, config.steps))
+        self.seconds = seconds  # of the whole run, as estimated
+        self.state = "waiting"
+        self.step = 0
+        self.last: Epoch | None = None
+        self.start: tuple[float, int] | None = None
+
+    def advance(self, progress: "Progress") -> bool:
+        """Take in the progress; True where it ends an epoch that was trained just now."""
+        first = self.start is None
+        if self.start is None:
+            self.start = (time.monotonic(), progress.step)
+        ended = progress.epoch is not None and progress.epoch != self.last
+        self.step, self.last = progress.step, progress.epoch
+        return ended and not first
+
+    @property
+    def seconds_left(self) -> float:
+        if self.state not in ("waiting", "running"):
+            return 0.0
+        if self.start and self.step > self.start[1]:
+            rate = (time.monotonic() - self.start[0]) / (self.step - self.start[1])
+            return rate * (self.steps - self.step)
+        return self.seconds * (1 - self.step / self.steps)
+
+    def line(self) -> str:
+        assert self.last is not None  # only called at the end of an epoch
+        return (
+            f"epoch {self.last.epoch}/{self.epochs}  step {self.step}/{self.steps}  "
+            f"train {percent(self.last.train_error)}  test {percent(self.last.test_error)}  "
+            f"{duration(self.seconds_left)} left"
+        )
+
+    def cells(self) -> tuple[RenderableType, ...]:
+        return (
+            self.label,
+            Text(self.state, STYLES.get(self.state, "dim")),
+            f"{self.last.epoch if self.last else 0}/{self.epochs}",
+            ProgressBar(total=self.steps, completed=self.step, width=14),
+            percent(self.last.train_error) if self.last else "-",
+            percent(self.last.test_error) if self.last else "-",
+            duration(self.seconds_left) if self.seconds_left else "",
+        )
