@@ -30,9 +30,11 @@ def measure(config: RunConfig, device: str, threads: int, *, repeats: int = 3) -
     torch.set_num_threads(threads)
     count = max(EVALUATED, config.batch_size)
     pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, device=device)
-    labels = torch.randint(DATASETS[config.dataset].num_classes, (count,), device=device)
+    classes = DATASETS[config.dataset].num_classes
+    labels = torch.randint(classes, (count,), device=device)
     images = Images(pixels, labels)
-    splits = Splits(images, images[:0], images, torch.zeros(3, 32, 32, device=device), labels.max().item() + 1)
+    none = Images(pixels[:0], labels[:0])
+    splits = Splits(images, none, images, torch.zeros(3, 32, 32, device=device), classes)
     training = Training(config, splits, device)
     step = _median_seconds(training.update, device, repeats)
     image = _median_seconds(lambda: evaluate(training.net, pixels, labels, splits.mean), device, repeats) / count

@@ -8,7 +8,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.console import Console
 from degrade import __version__, store, terminal
 from degrade.config import BLOCKS, PROTOCOLS, RunConfig, protocol_fields, study_name
 from degrade.errors import Failure
+
+if TYPE_CHECKING:
+    from degrade.sweep import Machine
 
 DAY = 86_400
 FIELDS = "Fields of the protocol, each of which can be overridden"
@@ -188,40 +191,53 @@ def sweep(
     from degrade import bench
 
     seconds = bench.estimate([run.config for run in todo], machine) if todo else {}
-    left = {
-        run.config.run_id: seconds[run.config.run_id] * (1 - run.record()["step"] / run.config.steps) for run in todo
-    }
-    console.print(f"Study {folder}: {len(runs)} runs, {len(todo)} to train", highlight=False, soft_wrap=True)
-    console.print(terminal.plan_table(runs, left))
-    if todo:
-        wall = bench.makespan(list(left.values()), machine.jobs)
-        console.print(
-            f"About {terminal.duration(wall)} on this machine: {machine.device}, {machine.jobs} "
-            f"run{'s' if machine.jobs > 1 else ''} at a time, {machine.threads} thread{'s' * (machine.threads > 1)} each",
-            highlight=False,
-        )
-        if wall > DAY and protocol == "paper":
-            short = [config for config in _configs(grid, dataset, protocol_fields("short", wanted))]
-            per_step = wall / sum(config.steps for config in configs)
-            rough = per_step * sum(config.steps for config in short)
-            console.print(f"That is days: --protocol short takes about {terminal.duration(rough)}", highlight=False)
+    _print_plan(folder, runs, seconds, machine)
     if dry_run:
         return
     if todo:
-        _train(chosen, todo, machine, data_dir, {run.config.run_id: seconds[run.config.run_id] for run in todo})
+        _train(chosen, todo, machine, data_dir, seconds)
     runs = engine.find_runs(chosen, configs)
     console.print(terminal.runs_table(runs))
-    if not all(run.status == "done" for run in runs):
-        count = sum(run.status != "done" for run in runs)
-        _exit(f"{count} of {len(runs)} runs not done; the same command goes on with those that can", 1)
-    console.print(f"Next: degrade plot {folder}; degrade verdict {folder}", highlight=False, soft_wrap=True)
+    if unfinished := [run for run in runs if run.status != "done"]:
+        _exit(f"{len(unfinished)} of {len(runs)} runs not done; the same command goes on with those that can", 1)
+    _say(f"Next: degrade plot {folder}; degrade verdict {folder}")
+
+
+def _print_plan(folder: Path, runs: Sequence[store.Run], seconds: dict[str, float], machine: "Machine") -> None:
+    """The run table and about how long it will take, for runs whose whole duration is in `seconds`."""
+    from degrade import bench
+
+    left = {
+        run.config.run_id: seconds[run.config.run_id] * (1 - run.record()["step"] / run.config.steps)
+        for run in runs
+        if run.config.run_id in seconds
+    }
+    _say(f"Study {folder}: {len(runs)} runs, {len(left)} to train")
+    console.print(terminal.plan_table(runs, left))
+    if not left:
+        return
+    wall = bench.makespan(list(left.values()), machine.jobs)
+    how = f"{machine.device}, {_count(machine.jobs, 'run')} at a time, {_count(machine.threads, 'thread')} each"
+    _say(f"About {terminal.duration(wall)} on this machine: {how}")
+    short = PROTOCOLS["short"]["steps"] / runs[0].config.steps
+    if wall > DAY and short < 1:
+        _say(f"That is days: --protocol short takes about {terminal.duration(wall * short)}")
+
+
+def _say(text: str) -> None:
+    """One line, however narrow the terminal."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 _DEFAULTS = {"dataset": "cifar10", "protocol": "paper"}
 
 
 def _train(
-    study: store.Study, todo: Sequence[store.Run], machine: Any, data_dir: Path | None, seconds: dict[str, float]
+    study: store.Study, todo: Sequence[store.Run], machine: "Machine", data_dir: Path | None, seconds: dict[str, float]
 ) -> None:
     """Fetch the data and train, shown live; exit 130 on Ctrl-C and 143 on SIGTERM, resumable."""
     from degrade import data
@@ -267,13 +283,11 @@ def show(
             print(",".join("" if row[column] is None else str(row[column]) for column in columns))
         return
     for study in studies:
-        console.print(
-            f"[bold]{study.name}[/bold]: {study.shared['dataset']}, protocol {study.protocol}", highlight=False
-        )
+        _say(f"{study.name}: {study.shared['dataset']}, protocol {study.protocol}")
         console.print(terminal.runs_table(study.runs))
         for run in study.runs:
             if run.status == "failed":
-                console.print(f"{run.folder.name}: {run.error}", markup=False, highlight=False, soft_wrap=True)
+                _say(f"{run.folder.name}: {run.error}")
 
 
 @command
@@ -322,19 +336,17 @@ def verdict(
         print(json.dumps([v.as_dict() for v in found], indent=2))
         return
     for study in store.find_studies(results):
-        console.print(
-            f"[bold]{study.name}[/bold]: final training error, deeper minus shallower, in points", highlight=False
-        )
+        _say(f"{study.name}: final training error, deeper minus shallower, in percentage points")
         mine = [v for v in found if v.study == study.name]
         if mine:
             console.print(terminal.verdict_table(mine))
         else:
-            console.print("nothing to compare: two finished depths of one block are needed", highlight=False)
+            _say("nothing to compare: two finished depths of one block are needed")
         for v in mine:
-            console.print(f"- {v.sentence}", highlight=False, soft_wrap=True)
+            _say(f"- {v.sentence}")
         for run in study.runs:
             if run.status not in ("done", "diverged"):
-                console.print(f"left out: {run.folder.name} ({run.status})", highlight=False, soft_wrap=True)
+                _say(f"left out: {run.folder.name} ({run.status})")
 
 
 def _load(results: Path) -> Any:

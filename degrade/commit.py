@@ -1,4 +1,4 @@
-"""The commit protocol: files that are whole or not there, checkpoints that prove themselves, locks that cannot go stale.
+"""The commit protocol: whole files or none, checkpoints that prove themselves, locks that cannot go stale.
 
 Standard library only. A checkpoint's name is `<step>-<SHA-256 of its bytes>.pt`, so that one rename
 both publishes and vouches for it; nothing else has to be written in step with it.
@@ -73,7 +73,7 @@ def write_checkpoint(folder: Path, step: int, data: bytes) -> None:
 
 def read_checkpoint(folder: Path) -> tuple[bytes | None, list[str]]:
     """The newest checkpoint whose bytes have the hash in its name, and the names of newer ones that have not."""
-    bad = []
+    bad: list[str] = []
     for path in _checkpoints(folder):
         data = path.read_bytes()
         if path.stem.partition("-")[2] == hashlib.sha256(data).hexdigest():
@@ -107,7 +107,8 @@ def hold(path: Path, *, wait: bool = False) -> Iterator[None]:
 def _lock(descriptor: int, path: Path, wait: bool) -> None:
     for patience in (0.02, 0.05, 0.1, None):  # `holder` below has a free lock for microseconds
         try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            return
         except BlockingIOError:
             if patience is None:
                 raise Held(path, _pid(descriptor)) from None

@@ -22,7 +22,8 @@ def evaluate(net: nn.Module, images: Tensor, labels: Tensor, mean: Tensor) -> tu
     was_training = net.training
     net.eval()
     losses, wrong = [], []
-    for x, y in zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True):
+    for start in range(0, len(labels), BATCH_SIZE):
+        x, y = images[start : start + BATCH_SIZE], labels[start : start + BATCH_SIZE]
         logits = net(normalise(x, mean).contiguous(memory_format=torch.channels_last))
         losses.append(F.cross_entropy(logits.float(), y, reduction="sum"))
         wrong.append((logits.argmax(1) != y).sum())

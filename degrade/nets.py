@@ -70,8 +70,9 @@ class CifarNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, 32, 32)
         x = F.relu(self.bn(self.conv(x)))  # (B, width, 32, 32)
-        x = self.stages(x)  # (B, 4 width, 8, 8)
-        return self.linear(x.mean(dim=(2, 3)))  # (B, num_classes)
+        x = self.stages(x).mean(dim=(2, 3))  # (B, 4 width)
+        logits: Tensor = self.linear(x)  # (B, num_classes)
+        return logits
 
 
 def he_init(net: nn.Module) -> None:

@@ -173,12 +173,14 @@ def _describe(epochs: "pd.DataFrame") -> str:
 
 def _shared(row: "pd.Series") -> dict[str, object]:
     """A row's configuration as JSON has it: pandas turns None into NaN."""
-    return {name: None if value != value else value for name, value in row.items()}  # noqa: PLR0124
+    return {str(name): None if value != value else value for name, value in row.items()}
 
 
 def _published(net: paper.Published, measure: str) -> float | None:
-    if measure != "gap":
-        return getattr(net, measure)
+    if measure == "train_error":
+        return net.train_error
+    if measure == "test_error":
+        return net.test_error
     if net.train_error is None or net.test_error is None:
         return None
     return net.test_error - net.train_error

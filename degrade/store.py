@@ -230,7 +230,7 @@ def load(folder: str | Path) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    names = {name: None for name in ("study", "protocol", "id", "status", *SWEPT)}
+    names = dict.fromkeys(("study", "protocol", "id", "status", *SWEPT))
     rows: list[dict[str, Any]] = []
     for study in find_studies(Path(folder)):
         for run in study.runs:

@@ -128,7 +128,7 @@ def sweep(
         for run in runs
     ]
     for event in execute(train_run, tasks, machine.jobs):
-        yield runs[event.index], event
+        yield runs[event.item], event
 
 
 def train_run(task: Task) -> Iterator[Progress]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from degrade.config import RunConfig, epoch_ends
-from degrade.data import Splits, load
+from degrade.data import Images, Splits, load
 from degrade.data.plan import Batch, SamplePlan, augment, normalise
 from degrade.evaluate import evaluate
 from degrade.log import Epoch
@@ -68,8 +68,8 @@ class Training:
         self.optimizer = torch.optim.SGD(
             parameter_groups(self.net, config.weight_decay, config.decay), lr=config.lr, momentum=config.momentum
         )
-        self.plan = SamplePlan(len(splits.train.labels), config.batch_size, config.seed)
-        self.epoch_ends = epoch_ends(len(splits.train.labels), config.batch_size, config.steps)
+        self.plan = SamplePlan(len(splits.train), config.batch_size, config.seed)
+        self.epoch_ends = epoch_ends(len(splits.train), config.batch_size, config.steps)
         self.step = 0
         self.epochs: list[Epoch] = []
         self.wrong = torch.zeros((), dtype=torch.int64, device=self.device)  # in this epoch's batches so far
@@ -95,17 +95,16 @@ class Training:
         x, y = training_batch(self.splits, self.plan.batch(self.step))
         logits = self.net(x)
         self.optimizer.zero_grad()
-        F.cross_entropy(logits, y).backward()
+        F.cross_entropy(logits, y).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.wrong += (logits.argmax(1) != y).sum()
         self.step += 1
 
     def end_epoch(self) -> Epoch:
         """Measure the net on every split, and start the next epoch's running count."""
-        splits = self.splits
-        train_loss, train_error = evaluate(self.net, *splits.train, splits.mean)
-        test_loss, test_error = evaluate(self.net, *splits.test, splits.mean)
-        val_loss, val_error = evaluate(self.net, *splits.val, splits.mean) if len(splits.val.labels) else (None, None)
+        train_loss, train_error = self.evaluate(self.splits.train)
+        test_loss, test_error = self.evaluate(self.splits.test)
+        val_loss, val_error = self.evaluate(self.splits.val) if len(self.splits.val) else (None, None)
         start = self.epochs[-1].step if self.epochs else 0
         seen = (self.step - start) * self.config.batch_size
         train_error_running = self.wrong.item() / seen
@@ -122,6 +121,10 @@ class Training:
             val_loss=val_loss,
             val_error=val_error,
         )
+
+    def evaluate(self, split: Images) -> tuple[float, float]:
+        """Loss and error on one split."""
+        return evaluate(self.net, split.images, split.labels, self.splits.mean)
 
     def state(self) -> bytes:
         """Everything the rest of the run depends on. The same steps give the same bytes."""
@@ -176,6 +179,6 @@ def set_precision(precision: str) -> None:
     """Process-wide: how GPUs that have TF32 multiply fp32 numbers, and deterministic convolutions."""
     value = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = value
-    torch.backends.cudnn.conv.fp32_precision = value
+    torch.backends.cudnn.conv.fp32_precision = value  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

@@ -80,7 +80,7 @@ class Verdict:
 
 
 def interval(groups: Sequence[Sequence[float]], signs: Sequence[int]) -> tuple[float, float | None, float | None]:
-    """The signed sum of the groups' means, with Welch's interval: unequal variances, Satterthwaite's degrees of freedom.
+    """The signed sum of the groups' means, with Welch's interval (unequal variances, Satterthwaite's freedom).
 
     With two groups and signs (1, -1) this is Welch's t interval of a difference (Welch 1947, Biometrika 34).
 

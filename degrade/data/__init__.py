@@ -8,7 +8,6 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,14 +20,22 @@ SOURCES = {"cifar10": cifar10, "shapes": shapes}
 SPLIT = 2  # a stream of the split seed, beside those of plan.py
 
 
-class Images(NamedTuple):
+@dataclass(frozen=True)
+class Images:
     """uint8 images (N, 3, H, W) and int64 labels (N,)."""
 
     images: Tensor
     labels: Tensor
 
-    def __getitem__(self, index):  # type: ignore[override]
-        return Images(self.images[index], self.labels[index])
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, which: Tensor) -> "Images":
+        """The images at these indices, or where this mask is true."""
+        return Images(self.images[which], self.labels[which])
+
+    def to(self, device: torch.device | str) -> "Images":
+        return Images(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -94,17 +101,16 @@ def load(
     source = SOURCES[dataset]
     train, test = (Images(*arrays) for arrays in source.load(data_dir or default_data_dir()))
     num_classes = len(source.CLASSES)
-    held_out = torch.zeros(len(train.labels), dtype=torch.bool)
+    held_out = torch.zeros(len(train), dtype=torch.bool)
     held_out[stratified(train.labels, val_images, split_seed)] = True
-    train, val = train[~held_out], train[held_out]
+    train, val = train.take(~held_out), train.take(held_out)
     if train_images is not None:
-        train = train[stratified(train.labels, train_images, split_seed)]
+        train = train.take(stratified(train.labels, train_images, split_seed))
     if test_images is not None:
-        test = test[stratified(test.labels, test_images, split_seed)]
+        test = test.take(stratified(test.labels, test_images, split_seed))
     total = train.images.sum(0, dtype=torch.int64)  # exact
-    mean = (total.double() / (255 * len(train.labels))).float()
-    splits = [Images(part.images.to(device), part.labels.to(device)) for part in (train, val, test)]
-    return Splits(*splits, mean.to(device), num_classes)
+    mean = (total.double() / (255 * len(train))).float()
+    return Splits(train.to(device), val.to(device), test.to(device), mean.to(device), num_classes)
 
 
 def fetch(dataset: str, data_dir: Path | None = None) -> None:

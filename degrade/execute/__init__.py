@@ -7,12 +7,12 @@ class Event(NamedTuple):
     """Something that happened to one item.
 
     Args:
-        index: of the item.
+        item: its place in the list of items.
         kind: "started"; "value", something its generator yielded; "done"; or "failed".
         value: what was yielded, or the `Error` of a failed item.
     """
 
-    index: int
+    item: int
     kind: Literal["started", "value", "done", "failed"]
     value: Any = None
 

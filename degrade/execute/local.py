@@ -89,7 +89,8 @@ class _Worker:
 
     def next_event(self) -> Event:
         try:
-            return self.pipe.recv()
+            event: Event = self.pipe.recv()
+            return event
         except (EOFError, ConnectionResetError):
             self.process.join()
             code = self.process.exitcode or 0
