@@ -5,6 +5,7 @@ for epoch in train(RunConfig(block="plain", depth=20, seed=0)):
 """
 
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -128,18 +129,16 @@ class Training:
 
     def state(self) -> bytes:
         """Everything the rest of the run depends on. The same steps give the same bytes."""
+        about = {
+            "config": self.config.as_dict(),
+            "step": self.step,
+            "wrong": self.wrong.item(),
+            "epochs": [asdict(epoch) for epoch in self.epochs],
+        }
+        momentum = [self.optimizer.state[p].get("momentum_buffer") for p in self.net.parameters()]
         file = io.BytesIO()
-        torch.save(
-            {
-                "config": self.config.as_dict(),
-                "step": self.step,
-                "wrong": self.wrong.item(),
-                "epochs": [asdict(epoch) for epoch in self.epochs],
-                "net": self.net.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            },
-            file,
-        )
+        # As text, since a pickle of strings and dicts depends on which of them are one object.
+        torch.save({"about": json.dumps(about), "net": self.net.state_dict(), "momentum": momentum}, file)
         return file.getvalue()
 
     def restore(self, state: bytes) -> None:
@@ -149,13 +148,15 @@ class Training:
             ValueError: the state is of another configuration.
         """
         values = torch.load(io.BytesIO(state), map_location=self.device, weights_only=True)
-        if RunConfig.from_dict(values["config"]) != self.config:
+        about = json.loads(values["about"])
+        if RunConfig.from_dict(about["config"]) != self.config:
             raise ValueError(f"the checkpoint is not of {self.config.run_id}")
         self.net.load_state_dict(values["net"])
-        self.optimizer.load_state_dict(values["optimizer"])
-        self.step = values["step"]
-        self.wrong.fill_(values["wrong"])
-        self.epochs = [Epoch(**row) for row in values["epochs"]]
+        for parameter, buffer in zip(self.net.parameters(), values["momentum"], strict=True):
+            self.optimizer.state[parameter] = {} if buffer is None else {"momentum_buffer": buffer}
+        self.step = about["step"]
+        self.wrong.fill_(about["wrong"])
+        self.epochs = [Epoch(**row) for row in about["epochs"]]
 
 
 def training_batch(splits: Splits, batch: Batch) -> tuple[Tensor, Tensor]:

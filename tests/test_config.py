@@ -1,0 +1,176 @@
+import dataclasses
+import json
+
+import pytest
+
+from degrade.config import (
+    PROTOCOLS,
+    RunConfig,
+    blocks_per_stage,
+    epoch_ends,
+    matches_protocol,
+    protocol_fields,
+    study_name,
+)
+
+PAPER = RunConfig(block="plain", depth=56, seed=0)
+
+
+def test_the_defaults_are_the_papers_protocol():
+    assert PAPER.as_dict() == {
+        "block": "plain",
+        "depth": 56,
+        "seed": 0,
+        "dataset": "cifar10",
+        "width": 16,
+        "shortcut": "A",
+        "train_images": None,
+        "val_images": 0,
+        "test_images": None,
+        "split_seed": 0,
+        "steps": 64_000,
+        "batch_size": 128,
+        "lr": 0.1,
+        "milestones": [32_000, 48_000],
+        "warmup_depth": 110,
+        "warmup_lr": 0.01,
+        "warmup_steps": 400,
+        "momentum": 0.9,
+        "weight_decay": 0.0001,
+        "decay": "all",
+        "precision": "fp32",
+    }
+    assert PROTOCOLS["paper"] == {}
+    assert (PAPER.training_set_size, PAPER.test_set_size) == (50_000, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("step", "lr"),
+    [(0, 0.1), (31_999, 0.1), (32_000, 0.01), (47_999, 0.01), (48_000, 0.001), (63_999, 0.001)],
+)
+def test_learning_rate_at_each_boundary(step, lr):
+    assert PAPER.lr_at(step) == lr
+
+
+@pytest.mark.parametrize("block", ["plain", "residual"])
+@pytest.mark.parametrize(("depth", "step", "lr"), [(110, 0, 0.01), (110, 399, 0.01), (110, 400, 0.1), (56, 0, 0.1)])
+def test_depth_110_warms_up_for_400_steps(block, depth, step, lr):
+    assert RunConfig(block=block, depth=depth, seed=0).lr_at(step) == lr
+
+
+def test_golden_run_ids():
+    """A changed id orphans everybody's results: change these only with a reason for that."""
+    assert PAPER.run_id == "plain-56-s0-495785c6"
+    assert RunConfig(block="residual", depth=20, seed=3, lr=0.05).run_id == "residual-20-s3-27d328b2"
+
+
+def test_every_field_is_in_the_run_id():
+    other = {
+        "block": "residual",
+        "depth": 20,
+        "seed": 1,
+        "dataset": "shapes",
+        "width": 8,
+        "shortcut": "B",
+        "train_images": 1000,
+        "val_images": 1,
+        "test_images": 1000,
+        "split_seed": 1,
+        "steps": 100,
+        "batch_size": 64,
+        "lr": 0.2,
+        "milestones": (5,),
+        "warmup_depth": 56,
+        "warmup_lr": 0.02,
+        "warmup_steps": 1,
+        "momentum": 0.8,
+        "weight_decay": 0.0,
+        "decay": "conv",
+        "precision": "tf32",
+    }
+    assert set(other) == {field.name for field in dataclasses.fields(RunConfig)}
+    base = dataclasses.replace(PAPER, train_images=2000)
+    ids = {dataclasses.replace(base, **{name: value}).run_id.rpartition("-")[2] for name, value in other.items()}
+    assert len(ids | {base.run_id.rpartition("-")[2]}) == len(other) + 1
+
+
+def test_configuration_survives_json():
+    config = RunConfig(block="plain", depth=20, seed=0, lr=1, milestones=(3, 9), train_images=10)
+    again = RunConfig.from_dict(json.loads(json.dumps(config.as_dict())))
+    assert again == config
+    assert again.run_id == dataclasses.replace(config, lr=1.0).run_id
+
+
+@pytest.mark.parametrize(
+    ("fields", "rule"),
+    [
+        ({"depth": 21}, "depth must be 6n+2 (8, 20, 32, 44, 56, 110, ...); got 21"),
+        ({"depth": 2}, "depth must be 6n+2"),
+        ({"depth": -4}, "depth must be 6n+2"),
+        ({"depth": 60_002}, "depth must be at most 10,000; got 60002"),
+        ({"block": "dense"}, "block must be one of plain, residual; got 'dense'"),
+        ({"shortcut": "D"}, "shortcut must be one of A, B, C; got 'D'"),
+        ({"dataset": "mnist"}, "dataset must be one of cifar10, shapes; got 'mnist'"),
+        ({"steps": 0}, "steps must be at least 1; got 0"),
+        ({"lr": float("nan")}, "lr must be a finite number of at least 0; got nan"),
+        ({"lr": "fast"}, "lr must be float; got 'fast'"),
+        ({"width": 1.5}, "width must be int; got 1.5"),
+        ({"width": True}, "width must be int; got True"),
+        ({"momentum": 1.0}, "momentum must be below 1; got 1.0"),
+        ({"milestones": (5, 5)}, "milestones must be rising steps"),
+        ({"milestones": "5"}, "milestones must be a list of whole numbers; got '5'"),
+        ({"seed": -1}, "seed must be from 0 to 4294967295; got -1"),
+        ({"val_images": 50_000}, "train_images + val_images must be at most the 50000 of cifar10; got 1 + 50000"),
+        ({"test_images": 10_001}, "test_images must be at most the 10000 of cifar10; got 10001"),
+    ],
+)
+def test_bad_values_name_the_field_the_rule_and_the_value(fields, rule):
+    with pytest.raises(ValueError) as error:
+        RunConfig(**({"block": "plain", "depth": 20, "seed": 0} | fields))
+    assert rule in str(error.value)
+
+
+def test_from_dict_refuses_unknown_and_missing_fields():
+    with pytest.raises(ValueError, match="unknown field nesterov"):
+        RunConfig.from_dict(PAPER.as_dict() | {"nesterov": True})
+    with pytest.raises(ValueError, match="missing field block, depth"):
+        RunConfig.from_dict({"seed": 0})
+
+
+@pytest.mark.parametrize("depth", [8, 20, 32, 44, 56, 110, 1202])
+def test_depth_is_6n_plus_2(depth):
+    assert 6 * blocks_per_stage(depth) + 2 == depth
+
+
+def test_steps_move_the_milestones_unless_they_are_given():
+    assert protocol_fields("paper", {"steps": 1000})["milestones"] == (500, 750)
+    assert protocol_fields("paper", {"steps": 1000, "milestones": [10]})["milestones"] == [10]
+    assert "milestones" not in protocol_fields("paper", {"lr": 0.2})
+    with pytest.raises(ValueError, match="protocol must be one of paper, short, demo, smoke; got 'long'"):
+        protocol_fields("long", {})
+
+
+@pytest.mark.parametrize("protocol", ["short", "demo", "smoke"])
+def test_named_protocols_keep_the_papers_shape(protocol):
+    fields = PROTOCOLS[protocol]
+    assert fields["milestones"] == (fields["steps"] // 2, fields["steps"] * 3 // 4)
+    config = RunConfig(block="plain", depth=20, seed=0, **fields)
+    assert matches_protocol(config.shared(), protocol)
+    assert not matches_protocol(config.shared(), "paper")
+    assert not matches_protocol(dataclasses.replace(config, lr=0.3).shared(), protocol)
+
+
+def test_study_names():
+    assert study_name("cifar10", "paper", {}) == "cifar10-paper"
+    assert study_name("shapes", "demo", {"lr": 0.05, "decay": "conv"}) == "shapes-demo-decayconv-lr0.05"
+    assert study_name("cifar10", "paper", {"milestones": [1, 2]}) == "cifar10-paper-milestones1-2"
+
+
+def test_epochs_count_steps_not_rounds():
+    ends = epoch_ends(50_000, 128, 64_000)
+    assert ends[:3] == [391, 782, 1172]  # ceil(e * 390.625)
+    assert len(ends) == 164  # the paper's 64k steps, the last epoch partial
+    assert ends[-1] == 64_000
+    assert len(epoch_ends(45_000, 128, 64_000)) == 183
+    assert epoch_ends(10, 32, 3) == [1, 2, 3]  # a batch larger than the training set
+    assert epoch_ends(100, 10, 5) == [5]

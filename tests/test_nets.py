@@ -1,0 +1,149 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from degrade.nets import TwoLayers, cifar_net, parameter_count
+
+
+@pytest.mark.parametrize("block", ["plain", "residual"])
+@pytest.mark.parametrize(
+    ("depth", "count"),
+    [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018), (110, 1_727_962), (1202, 19_421_274)],
+)
+def test_exact_parameter_counts(block, depth, count):
+    with torch.device("meta"):
+        net = cifar_net(depth, block)
+    assert parameter_count(net) == count
+
+
+@pytest.mark.parametrize(("shortcut", "count"), [("A", 269_722), ("B", 272_474), ("C", 276_826 + 2_048)])
+def test_parameters_of_the_shortcuts(shortcut, count):
+    # B: 16x32 + 32x64 weights and two BNs more than A. C: projections in the other seven blocks as well.
+    b = 16 * 32 + 32 * 64 + 2 * 32 + 2 * 64
+    c = b + 3 * (16 * 16 + 2 * 16) + 2 * (32 * 32 + 2 * 32) + 2 * (64 * 64 + 2 * 64)
+    expected = 269_722 + {"A": 0, "B": b, "C": c}[shortcut]
+    assert parameter_count(cifar_net(20, "residual", shortcut=shortcut)) == expected
+    assert parameter_count(cifar_net(20, "plain", shortcut=shortcut)) == 269_722
+    if shortcut != "C":
+        assert expected == count
+
+
+@pytest.mark.parametrize("depth", [8, 20, 56])
+@pytest.mark.parametrize("block", ["plain", "residual"])
+def test_depth_counts_the_weight_layers(depth, block):
+    net = cifar_net(depth, block, width=2)
+    assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in net.modules()) == depth
+    assert all(m.bias is None for m in net.modules() if isinstance(m, nn.Conv2d))
+
+
+def shapes_seen(net, size=32):
+    """(type, output shape) of every layer with parameters, in the order data passes through them."""
+    seen = []
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
+            module.register_forward_hook(lambda m, _, out: seen.append((m, tuple(out.shape[1:]))))
+    net.eval()(torch.zeros(1, 3, size, size))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("block", "shortcut"), [("plain", "A"), ("residual", "A"), ("residual", "B"), ("residual", "C")]
+)
+def test_modules_are_registered_in_the_order_data_passes_through(block, shortcut):
+    net = cifar_net(14, block, shortcut=shortcut)
+    registered = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]
+    assert [m for m, _ in shapes_seen(net)] == registered
+
+
+def test_stages_have_the_papers_maps_and_channels():
+    maps = [shape for m, shape in shapes_seen(cifar_net(20, "plain")) if isinstance(m, nn.Conv2d)]
+    assert maps == [(16, 32, 32)] * 7 + [(32, 16, 16)] * 6 + [(64, 8, 8)] * 6
+
+
+def reference_forward(net, x, residual):
+    """The net as section 4.2 writes it, from the bare parameters and without this project's modules."""
+    p = dict(net.named_parameters()) | dict(net.named_buffers())
+
+    def layer(x, conv, bn, stride=1):
+        x = F.conv2d(x, p[f"{conv}.weight"], stride=stride, padding=1)
+        stats = (p[f"{bn}.running_mean"], p[f"{bn}.running_var"])
+        return F.batch_norm(x, *stats, p[f"{bn}.weight"], p[f"{bn}.bias"])
+
+    x = F.relu(layer(x, "conv", "bn"))
+    for s in range(3):
+        i = 0
+        while f"stages.{s}.{i}.conv1.weight" in p:
+            name = f"stages.{s}.{i}"
+            stride = 2 if s and i == 0 else 1
+            out = F.relu(layer(x, f"{name}.conv1", f"{name}.bn1", stride))
+            out = layer(out, f"{name}.conv2", f"{name}.bn2")
+            if residual:
+                skip = x[:, :, ::stride, ::stride]
+                zeros = torch.zeros(len(x), out.shape[1] - skip.shape[1], *out.shape[2:])
+                out = out + torch.cat([skip, zeros], dim=1)  # option A: zero channels appended
+            x = F.relu(out)
+            i += 1
+    return F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), p["linear.weight"], p["linear.bias"])
+
+
+@pytest.mark.parametrize("block", ["plain", "residual"])
+def test_forward_equals_the_definition(block):
+    torch.manual_seed(0)
+    net = cifar_net(20, block).eval()
+    for name, buffer in net.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 1.5)
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(net(x), reference_forward(net, x, block == "residual"), rtol=1e-4, atol=1e-4)
+
+
+def test_a_residual_block_with_zero_gamma_is_the_identity():
+    block = TwoLayers(4, 4, 1, "A")
+    nn.init.zeros_(block.bn2.weight)
+    x = torch.rand(2, 4, 8, 8)
+    assert torch.equal(block.eval()(x), x)
+
+
+def test_he_normal_init_fan_out():
+    torch.manual_seed(0)
+    net = cifar_net(20, "plain", width=64)
+    conv = net.stages[2][1].conv1.weight  # 256 -> 256 channels, 3x3
+    assert conv.std().item() == pytest.approx(math.sqrt(2 / (256 * 9)), rel=0.01)
+    down = net.stages[1][0].conv1.weight  # 64 -> 128: fan_out counts the 128
+    assert down.std().item() == pytest.approx(math.sqrt(2 / (128 * 9)), rel=0.01)
+    assert net.linear.weight.std().item() == pytest.approx(math.sqrt(2 / 10), rel=0.05)
+    assert torch.equal(net.linear.bias, torch.zeros(10))
+    assert abs(conv.mean().item()) < 1e-4
+    assert conv.abs().max() > 4 * conv.std()  # normal, not uniform
+
+
+def test_one_seed_gives_plain_and_residual_the_same_weights():
+    nets = []
+    for block in ("plain", "residual"):
+        torch.manual_seed(7)
+        nets.append(cifar_net(20, block).state_dict())
+    assert nets[0].keys() == nets[1].keys()
+    assert all(torch.equal(nets[0][key], nets[1][key]) for key in nets[0])
+
+
+def test_other_widths_and_classes():
+    assert cifar_net(8, "residual", width=4, num_classes=100).eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ((21, "plain"), "depth must be 6n\\+2"),
+        ((20, "Plain"), "block must be one of plain, residual; got 'Plain'"),
+        ((20, "residual", {"shortcut": "a"}), "shortcut must be one of A, B, C; got 'a'"),
+        ((20, "plain", {"width": 0}), "width must be at least 1; got 0"),
+        ((20, "plain", {"num_classes": 0}), "num_classes must be at least 1; got 0"),
+    ],
+)
+def test_bad_arguments(arguments, rule):
+    *args, options = arguments if isinstance(arguments[-1], dict) else (*arguments, {})
+    with pytest.raises(ValueError, match=rule):
+        cifar_net(*args, **options)
