@@ -105,7 +105,7 @@ def hold(path: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def _lock(descriptor: int, path: Path, wait: bool) -> None:
-    for patience in (0.02, 0.05, 0.1, None):  # `holder` below has a free lock for microseconds
+    for patience in (*(0.01 * i for i in range(10)), None):  # `holder` below has a free lock for microseconds
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             return

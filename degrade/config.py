@@ -258,6 +258,8 @@ def study_name(dataset: str, protocol: str, overrides: Mapping[str, Any]) -> str
 
 def matches_protocol(shared: Mapping[str, Any], protocol: str) -> bool:
     """Whether a study's shared fields are exactly the protocol's, whatever the data set and precision."""
+    if protocol not in PROTOCOLS:
+        return False
     free = {"dataset", "precision"}
     reference = RunConfig(block="plain", depth=20, seed=0, **PROTOCOLS[protocol]).shared()
     return all(shared.get(name) == value for name, value in reference.items() if name not in free)

@@ -38,6 +38,3 @@ CIFAR10 = (
     Published("residual", 56, 0.0011, 0.0697, _TABLE_6),
     Published("residual", 110, 0.0004, 0.0661, _TABLE_6),
 )
-
-# Table 6 alone: what is certain, and no figure had to be read for.
-TABLE_6_TEST_ERROR = {20: 0.0875, 32: 0.0751, 44: 0.0717, 56: 0.0697, 110: 0.0661, 1202: 0.0793}

@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 from degrade import paper
 from degrade.analysis.verdict import final_epochs
 from degrade.commit import make_folder, write_file
-from degrade.config import BLOCKS, matches_protocol
+from degrade.config import BLOCKS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,7 +74,7 @@ def by_depth(ax: Axes, final: "pd.DataFrame", measure: str) -> Axes:
         ax.plot(runs["depth"], runs[measure], ".", color=colour, markersize=5, alpha=0.7)
         ax.plot(mean.index, mean, marker=MARKERS[block], color=colour, label=block, markersize=6)
     row = final.iloc[0]
-    if row["dataset"] == "cifar10" and matches_protocol(_shared(row), "paper"):
+    if (row["dataset"], row["protocol"]) == ("cifar10", "paper"):
         for block in BLOCKS:
             points = [(p.depth, _published(p, measure)) for p in paper.CIFAR10 if p.block == block]
             points = [(depth, value) for depth, value in points if value is not None]
@@ -89,7 +89,7 @@ def by_depth(ax: Axes, final: "pd.DataFrame", measure: str) -> Axes:
     depths = sorted(set(final["depth"]))
     ax.set_xticks(depths)
     ax.set_xlabel("depth (weight layers)")
-    ax.set_ylabel("error" if measure != "gap" else "difference of errors")
+    ax.set_ylabel({"train_error": "training error", "test_error": "test error", "gap": "difference"}[measure])
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     if measure != "gap":
         ax.set_ylim(bottom=0)
@@ -123,7 +123,7 @@ def curves(ax: Axes, epochs: "pd.DataFrame", block: str) -> Axes:
         runs = epochs[(epochs["block"] == block) & (epochs["depth"] == depth)]
         if runs.empty:
             continue
-        colour = colours(0.85 * i / max(len(depths) - 1, 1))
+        colour = colours(0.75 * i / max(len(depths) - 1, 1))
         for measure, width in (("train_error", 0.9), ("test_error", 2.2)):
             by = runs.groupby("step")[measure]
             steps = by.mean().index
@@ -167,13 +167,7 @@ def _describe(epochs: "pd.DataFrame") -> str:
     counts = epochs.groupby(["block", "depth"])["seed"].nunique()
     low, high = int(counts.min()), int(counts.max())
     seeds = f"{low} seed{'s' if low > 1 else ''}" if low == high else f"{low} to {high} seeds"
-    protocol = row["protocol"] if matches_protocol(_shared(row), row["protocol"]) else f"{row['protocol']}, changed"
-    return f"{row['dataset']}, protocol {protocol}: {row['steps']:,} steps, width {row['width']}, {seeds}"
-
-
-def _shared(row: "pd.Series") -> dict[str, object]:
-    """A row's configuration as JSON has it: pandas turns None into NaN."""
-    return {str(name): None if value != value else value for name, value in row.items()}
+    return f"{row['dataset']}, protocol {row['protocol']}: {row['steps']:,} steps, width {row['width']}, {seeds}"
 
 
 def _published(net: paper.Published, measure: str) -> float | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from degrade.commit import holder, make_folder, write_file
-from degrade.config import SWEPT, RunConfig, run_id
+from degrade.config import SWEPT, RunConfig, matches_protocol, run_id
 from degrade.errors import Failure
 from degrade.log import Epoch, from_csv
 
@@ -223,6 +223,7 @@ def load(folder: str | Path) -> "pd.DataFrame":
     """All logs below `folder`: a row an epoch, with the run's study, protocol, id, status and configuration.
 
     Errors are fractions in [0, 1], losses nats; `log.Epoch` and `config.RunConfig` define the columns.
+    `lr` is the epoch's, `initial_lr` the configuration's; `protocol` ends in ", changed" where a field was overridden.
 
     Raises:
         ValueError: `folder` is not a folder, or holds no study.
@@ -230,11 +231,12 @@ def load(folder: str | Path) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    names = dict.fromkeys(("study", "protocol", "id", "status", *SWEPT))
     rows: list[dict[str, Any]] = []
     for study in find_studies(Path(folder)):
+        changed = "" if matches_protocol(study.shared, study.protocol) else ", changed"
         for run in study.runs:
-            about = names | {"study": study.name, "protocol": study.protocol, "id": run.folder.name}
-            about |= {"status": run.status} | run.config.as_dict()
+            about = {"study": study.name, "protocol": study.protocol + changed, "id": run.folder.name}
+            about |= {"status": run.status} | {name: getattr(run.config, name) for name in SWEPT}
+            about |= run.config.as_dict() | {"initial_lr": run.config.lr}
             rows += [about | asdict(epoch) for epoch in run.epochs]
     return pd.DataFrame(rows)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import time
 import traceback
@@ -223,13 +224,23 @@ def _environment(task: Task) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": f"{platform.system()}-{platform.machine()}",
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}",
+        "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": task.threads,
         "flush_denormal": True,
     }
     commit.write_file(path, to_json(environment))
     return environment
+
+
+def _cpu_model() -> str:
+    """As Linux names it; elsewhere the kind of processor."""
+    try:
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 @lru_cache(1)

@@ -43,7 +43,7 @@ def label(config: RunConfig) -> str:
 
 def plan_table(runs: Sequence[Run], seconds: Mapping[str, float]) -> Table:
     """The runs of a sweep: what will be done about each, and about how long it takes."""
-    table = _table("run", "block", ">depth", ">seed", "plan", ">time")
+    table = make_table("run", "block", ">depth", ">seed", "plan", ">time")
     for run in runs:
         config, status = run.config, run.status
         plan = {"missing": "new", "interrupted": "resumed"}.get(status, status)
@@ -57,7 +57,7 @@ def plan_table(runs: Sequence[Run], seconds: Mapping[str, float]) -> Table:
 
 def runs_table(runs: Sequence[Run]) -> Table:
     """`degrade show`"""
-    table = _table("run", "status", ">epoch", ">step", ">train error", ">test error")
+    table = make_table("run", "status", ">epoch", ">step", ">train error", ">test error")
     for run in runs:
         row = run.record()
         table.add_row(
@@ -73,7 +73,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
 
 def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     """The comparisons of one study, in percentage points."""
-    table = _table("nets", ">depths", ">seeds", ">difference", ">95 % interval", "verdict")
+    table = make_table("nets", ">depths", ">seeds", ">difference", ">95 % interval", "verdict")
     for v in verdicts:
         between = "-" if v.low is None or v.high is None else f"{100 * v.low:+.2f} to {100 * v.high:+.2f}"
         table.add_row(
@@ -87,7 +87,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     return table
 
 
-def _table(*columns: str) -> Table:
+def make_table(*columns: str) -> Table:
     """A plain table; `>` before a heading aligns its column to the right."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
@@ -145,7 +145,7 @@ class SweepView:
         if len(rows) > room:  # what is going on first, then what is done last
             shown = [r for r in rows if r.state == "running"] + [r for r in rows if r.state != "running"][::-1]
             shown = [r for r in rows if r in shown[:room]]
-        table = _table("run", "status", ">epoch", "progress", ">train", ">test", ">left")
+        table = make_table("run", "status", ">epoch", "progress", ">train", ">test", ">left")
         for row in shown:
             table.add_row(*row.cells())
         done = sum(row.state not in ("waiting", "running") for row in rows)
@@ -190,7 +190,7 @@ class _Row:
         return (
             f"epoch {self.last.epoch}/{self.epochs}  step {self.step}/{self.steps}  "
             f"train {percent(self.last.train_error)}  test {percent(self.last.test_error)}  "
-            f"{duration(self.seconds_left)} left"
+            + ("done" if self.step == self.steps else f"{duration(self.seconds_left)} left")
         )
 
     def cells(self) -> tuple[RenderableType, ...]:

@@ -83,7 +83,10 @@ def hold_for_ever(path):
 
 
 def holding(path):
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import pathlib, test_commit; test_commit.hold_for_ever(pathlib.Path({str(path)!r}))"
+    code = (
+        f"import pathlib, sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_commit; "
+        f"test_commit.hold_for_ever(pathlib.Path({str(path)!r}))"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"held\n"
     return process
@@ -125,6 +128,7 @@ def test_looking_at_a_lock_does_not_keep_others_from_it(tmp_path):
 def look(path):
     while True:
         holder(path)
+        time.sleep(0.0002)
 
 
 def test_folders_are_made_durably(tmp_path):

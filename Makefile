@@ -1,0 +1,51 @@
+# Everything runs in .venv, which each target makes if need be. PYTHON=python3.12 chooses the interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+export MPLBACKEND := Agg
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint typecheck figures bench soak wheel clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	  || { echo "Python 3.11 to 3.13 is needed; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## The main experiment on the built-in data set: sweep, figures, verdict (5 minutes)
+	$(BIN)/degrade sweep experiments/demo.toml --out demo-results
+	$(BIN)/degrade plot demo-results
+	$(BIN)/degrade verdict demo-results
+
+test: $(READY)  ## The tests (set DEGRADE_DATA to include those on genuine CIFAR-10)
+	$(BIN)/python -m pytest -m 'not soak'
+
+lint: $(READY)  ## Style, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+
+typecheck: $(READY)  ## Types
+	$(BIN)/mypy
+
+figures: $(READY)  ## Redraw the figures of the reference results
+	$(BIN)/degrade plot results
+	$(BIN)/python tests/readme.py
+
+bench: $(READY)  ## Milliseconds per step on this machine, side by side
+	$(BIN)/python benchmarks/step.py
+
+soak: $(READY)  ## The tests that repeat: kill and resume many times over
+	$(BIN)/python -m pytest -m soak
+
+wheel: $(READY)  ## Build dist/*.whl
+	$(BIN)/python -m build --wheel
+
+clean:  ## Remove what was made, but not results
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

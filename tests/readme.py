@@ -1,0 +1,33 @@
+"""The part of README.md that is written from results/: `python tests/readme.py` (make figures) renews it."""
+
+import os
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+BLOCK = re.compile(r"(<!-- verdict: written by make figures -->\n).*?(<!-- /verdict -->)", re.DOTALL)
+
+
+def verdict_table() -> str:
+    """What `degrade verdict` prints of the study shown first, as Markdown."""
+    import degrade
+    from degrade.analysis.verdict import verdicts
+
+    lines = ["| nets | depths | seeds | rise | 95 % interval | verdict |", "|---|---|---|---|---|---|"]
+    for v in verdicts(degrade.load(ROOT / "results" / "cifar10-demo")):
+        between = "-" if v.low is None or v.high is None else f"{100 * v.low:+.2f} to {100 * v.high:+.2f}"
+        block = v.block.replace("-", " minus ")
+        lines.append(
+            f"| {block} | {v.deep} v {v.shallow} | {v.seeds} | {100 * v.difference:+.2f} | {between} | {v.verdict} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def renewed(text: str) -> str:
+    return BLOCK.sub(lambda match: match[1] + "\n" + verdict_table() + "\n" + match[2], text)
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    README.write_text(renewed(README.read_text()))

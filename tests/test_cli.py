@@ -1,0 +1,363 @@
+import csv
+import io
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import smoke, write_run
+
+from degrade import store
+from degrade.cli import app
+from degrade.config import RunConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+def sweep_arguments(tmp_path, data_dir, *arguments):
+    base = ["sweep", "--dataset", "shapes", "--protocol", "smoke", "--blocks", "plain", "--jobs", "1"]
+    return [*base, "--out", tmp_path, "--data-dir", data_dir, *arguments]
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A study of two blocks, two depths, two seeds."""
+    for block, deep in (("plain", 0.7), ("residual", 0.4)):
+        for seed in (0, 1):
+            write_run(tmp_path / "s", smoke(block, 8, seed), [(0.9, 0.9), (0.5 + seed / 100, 0.6)])
+            write_run(tmp_path / "s", smoke(block, 14, seed), [(0.9, 0.9), (deep + seed / 100, 0.6)])
+    return tmp_path
+
+
+class TestSweep:
+    def test_a_sweep_from_nothing_to_figures(self, cli, tmp_path, data_dir):
+        result = cli(*sweep_arguments(tmp_path, data_dir, "--depths", "8,14", "--seeds", "0,1"))
+        assert result.exit_code == 0, result.output
+        assert "4 runs, 4 to train" in result.output
+        assert "About" in result.output
+        assert "plain-14-s1  epoch 3/3  step 24/24  train" in result.output
+        study = tmp_path / "shapes-smoke"
+        assert {p.name for p in study.iterdir()} == {
+            "study.json",
+            *(smoke(depth=d, seed=s).run_id for d in (8, 14) for s in (0, 1)),
+        }
+        assert cli("plot", tmp_path).exit_code == 0
+        for name in ("training-error", "curves", "test-error", "gap"):
+            for kind in ("png", "svg", "pdf"):
+                assert (study / "figures" / f"{name}.{kind}").stat().st_size > 1000
+        assert "14 v 8" in cli("verdict", tmp_path).output
+
+    def test_a_dry_run_prints_the_plan_and_writes_nothing(self, cli, tmp_path, data_dir):
+        out = tmp_path / "out"
+        cli(*sweep_arguments(out, data_dir, "--depths", "8"))
+        before = sorted(out.rglob("*"))
+        result = cli(*sweep_arguments(out, tmp_path / "data", "--depths", "8,14", "--dry-run"))
+        assert result.exit_code == 0
+        lines = {line.split()[0]: line for line in result.output.splitlines() if line}
+        assert " done " in lines[smoke(depth=8).run_id]
+        assert " new " in lines[smoke(depth=14).run_id]
+        assert "About" in result.output
+        assert sorted(out.rglob("*")) == before
+        assert not (tmp_path / "data").exists()
+
+    def test_overrides_reach_the_configuration_and_the_studys_name(self, cli, tmp_path, data_dir):
+        flags = ("--lr", "0.03", "--decay", "conv", "--val-images", "50", "--milestones", "3,9", "--steps", "10")
+        result = cli(*sweep_arguments(tmp_path, data_dir, "--depths", "8", *flags))
+        assert result.exit_code == 0, result.output
+        name = "shapes-smoke-decayconv-lr0.03-milestones3-9-steps10-valimages50"
+        (config,) = (tmp_path / name).glob("*/config.json")
+        values = json.loads(config.read_text())
+        assert (values["lr"], values["decay"], values["val_images"], values["milestones"]) == (0.03, "conv", 50, [3, 9])
+        header = (config.parent / "log.csv").read_text().splitlines()[0]
+        assert header.endswith("test_error,val_loss,val_error")
+
+    def test_flags_win_over_the_file(self, cli, tmp_path):
+        spec = tmp_path / "spec.toml"
+        spec.write_text(
+            'depths = [8]\nblocks = ["plain"]\ndataset = "shapes"\nprotocol = "smoke"\nlr = 0.5\nwidth = 2\n'
+        )
+        result = cli("sweep", spec, "--lr", "0.25", "--seeds", "5", "--out", tmp_path / "r", "--dry-run")
+        assert result.exit_code == 0, result.output
+        assert smoke(seed=5, lr=0.25, width=2).run_id in result.output
+
+    def test_defaults_are_cifar10_and_the_paper(self, cli, tmp_path):
+        result = cli("sweep", "--depths", "20,56", "--device", "cpu", "--out", tmp_path, "--dry-run", "--jobs", "1")
+        assert result.exit_code == 0
+        for block in ("plain", "residual"):
+            for depth in (20, 56):
+                assert RunConfig(block=block, depth=depth, seed=0).run_id in result.output
+        assert "cifar10-paper: 4 runs, 4 to train" in result.output
+        assert "That is days: --protocol short takes about" in result.output
+
+    def test_another_protocol_in_one_study_is_refused_with_the_difference(self, cli, tmp_path, data_dir):
+        write_run(tmp_path / "mine", smoke(), [])
+        result = cli(*sweep_arguments(tmp_path, data_dir, "--depths", "8", "--study", "mine", "--lr", "0.5"))
+        assert result.exit_code == 2
+        assert "study mine was run with another protocol: lr 0.02 there, 0.5 here" in result.stderr
+        assert "--study NAME" in result.stderr
+
+    def test_a_failed_run_is_skipped_until_retried(self, cli, tmp_path, data_dir):
+        run = write_run(tmp_path / "shapes-smoke", smoke(), [])
+        (run.folder / store.ERROR).write_text("ValueError: why\n")
+        result = cli(*sweep_arguments(tmp_path, data_dir, "--depths", "8"))
+        assert result.exit_code == 1
+        assert "1 of 1 runs not done" in result.stderr
+        assert "failed" in result.output
+        result = cli(*sweep_arguments(tmp_path, data_dir, "--depths", "8", "--retry-failed"))
+        assert result.exit_code == 0
+        assert not (run.folder / store.ERROR).exists()
+
+    def test_a_diverged_run_ends_with_exit_code_1(self, cli, tmp_path, data_dir):
+        result = cli(*sweep_arguments(tmp_path, data_dir, "--depths", "8,14", "--lr", "1e30"))
+        assert result.exit_code == 1
+        assert "plain-8-s0 diverged" in result.output
+        assert "2 of 2 runs not done" in result.stderr
+
+    def test_a_full_disk_is_one_line(self, cli, tmp_path, data_dir, monkeypatch):
+        def full(path, _):
+            raise OSError(28, "No space left on device", str(path))
+
+        monkeypatch.setattr(store, "write_file", full)
+        result = cli(*sweep_arguments(tmp_path, data_dir, "--depths", "8"))
+        assert result.exit_code == 1
+        assert result.stderr.endswith("study.json: No space left on device\n")
+
+    def test_missing_data_are_one_line(self, cli, tmp_path, monkeypatch):
+        def offline(*_, **__):
+            raise OSError("offline")
+
+        monkeypatch.setattr("urllib.request.urlopen", offline)
+        result = cli(
+            "sweep", "--depths", "8", "--protocol", "smoke", "--out", tmp_path / "r", "--data-dir", tmp_path / "d"
+        )
+        assert result.exit_code == 1
+        assert result.stderr.count("\n") == 1
+        assert "CIFAR-10 is missing" in result.stderr
+        assert not (tmp_path / "r").exists()
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--depths", "21"], "depth must be 6n+2 (8, 20, 32, 44, 56, 110, ...); got 21"),
+            (
+                ["--depths", "20,,56"],
+                "--depths must be a list such as 20,56 or plain,residual, with nothing empty; got '20,,56'",
+            ),
+            (["--depths", ""], "--depths must be a list"),
+            ([], "depths are missing: name them, such as --depths 20,56"),
+            (["--depths", "twenty"], "--depths must be whole numbers separated by commas, such as 20,56; got 'twenty'"),
+            (["--depths", "10" * 30], "--depths must be whole numbers"),
+            (["--depths", "1000000004"], "depth must be at most 10,000; got 1000000004"),
+            (["--depths", "20", "--blocks", "dense"], "block must be one of plain, residual; got 'dense'"),
+            (["--depths", "20", "--blocks", " "], "--blocks must be a list"),
+            (["--depths", "20", "--seeds", "-1"], "seed must be from 0 to 4294967295; got -1"),
+            (["--depths", "20", "--dataset", "imagenet"], "dataset must be one of cifar10, shapes; got 'imagenet'"),
+            (["--depths", "20", "--protocol", "fast"], "protocol must be one of paper, short, demo, smoke; got 'fast'"),
+            (["--depths", "20", "--lr", "nan"], "lr must be a finite number of at least 0; got nan"),
+            (["--depths", "20", "--jobs", "0"], "jobs must be at least 1; got 0"),
+            (["--depths", "20", "--jobs", "-1"], "--jobs must be auto or a whole number of at least 1; got '-1'"),
+            (["--depths", "20", "--threads", "all"], "--threads must be auto or a whole number"),
+            (["--depths", "20", "--device", "cuda:7"], "device must be auto or one that is there"),
+            (["--depths", "20", "--study", "../up"], "a study's name must be up to 100 of"),
+            (["--depths", "20", "--train-images", "60000"], "train_images + val_images must be at most the 50000"),
+            (["nowhere.toml"], "nowhere.toml is not a file"),
+        ],
+    )
+    def test_sweep(self, cli, tmp_path, arguments, message):
+        result = cli("sweep", *arguments, "--out", tmp_path / "r")
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert "Traceback" not in result.output
+        assert not (tmp_path / "r").exists()
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("depths = 20", "depths must be a list of whole numbers; got 20"),
+            ("depths = [20.5]", "depths must be a list of whole numbers; got [20.5]"),
+            ("depths = []", "depths must be a list of whole numbers; got []"),
+            ("depths = [20]\nblocks = [1]", "blocks must be a list of names; got [1]"),
+            ("depths = [20]\nnesterov = true", "nesterov is not a setting; the settings are depths,"),
+            ("depths = [20]\nprotocol = 3", "protocol must be a string; got 3"),
+            ("depths = [20]\nlr = 'fast'", "lr must be float; got 'fast'"),
+            ("depths = [20", "spec.toml: "),
+        ],
+    )
+    def test_a_file_of_settings(self, cli, tmp_path, text, message):
+        spec = tmp_path / "spec.toml"
+        spec.write_text(text)
+        result = cli("sweep", spec, "--out", tmp_path / "r")
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+
+    def test_an_output_folder_that_is_a_file(self, cli, tmp_path):
+        (tmp_path / "file").write_text("precious")
+        result = cli("sweep", "--depths", "8", "--out", tmp_path / "file")
+        assert result.exit_code == 2
+        assert f"{tmp_path / 'file'} is a file" in result.stderr
+        assert (tmp_path / "file").read_text() == "precious"
+
+    @pytest.mark.parametrize("name", ["show", "plot", "verdict"])
+    def test_results_that_are_none(self, cli, tmp_path, name):
+        (tmp_path / "file").touch()
+        for folder, message in (
+            (tmp_path / "none", "does not exist"),
+            (tmp_path / "file", "is not a folder"),
+            (tmp_path, "holds no study"),
+        ):
+            result = cli(name, folder)
+            assert result.exit_code == 2
+            assert message in result.stderr
+            assert str(folder) in result.stderr
+            assert result.stderr.count("\n") == 1
+
+    @pytest.mark.parametrize("name", ["plot", "verdict"])
+    def test_runs_without_an_epoch(self, cli, tmp_path, name):
+        write_run(tmp_path / "s", smoke(), [])
+        result = cli(name, tmp_path)
+        assert result.exit_code == 2
+        assert "holds no epoch yet" in result.stderr
+
+    @pytest.mark.parametrize("name", ["show", "plot", "verdict"])
+    def test_a_log_of_another_program(self, cli, results, name):
+        path = results / "s" / smoke().run_id / store.LOG
+        path.write_text("step,loss\n1,2\n")
+        result = cli(name, results)
+        assert result.exit_code == 1
+        assert result.stderr == f"degrade: {path}: the header is not degrade's: 'step,loss'\n"
+        assert path.read_text() == "step,loss\n1,2\n"
+
+    def test_a_format_nobody_draws(self, cli, results):
+        result = cli("plot", results, "--formats", "png,gif")
+        assert result.exit_code == 2
+        assert "--formats must be of png, svg, pdf; got 'gif'" in result.stderr
+
+
+class TestShow:
+    def test_json(self, cli, results):
+        records = json.loads(cli("show", results, "--json").stdout)
+        assert len(records) == 8
+        assert records[0] == {
+            "id": smoke().run_id,
+            "study": "s",
+            "block": "plain",
+            "depth": 8,
+            "seed": 0,
+            "status": "done",
+            "epoch": 2,
+            "step": 24,
+            "train_error": 0.5,
+            "test_error": 0.6,
+        }
+
+    def test_csv(self, cli, results):
+        write_run(results / "s", smoke(seed=9), [])
+        rows = list(csv.DictReader(io.StringIO(cli("show", results, "--csv").stdout)))
+        assert len(rows) == 9
+        assert rows[0]["train_error"] == "0.5"
+        assert rows[2]["status"] == "missing"
+        assert rows[2]["train_error"] == ""
+
+    def test_table(self, cli, results):
+        (write_run(results / "s", smoke(seed=9), []).folder / store.ERROR).write_text("ValueError: [why]\n")
+        output = cli("show", results).output
+        assert "50.00 %" in output
+        assert f"{smoke(seed=9).run_id}: ValueError: [why]" in output
+
+
+class TestVerdict:
+    def test_json(self, cli, results):
+        records = json.loads(cli("verdict", results, "--json").stdout)
+        assert [(r["block"], r["shallow"], r["deep"], r["seeds"], r["verdict"]) for r in records] == [
+            ("plain", 8, 14, 2, "degrades"),
+            ("residual", 8, 14, 2, "does not degrade"),
+            ("plain-residual", 8, 14, 2, "degrades"),
+        ]
+        assert records[0]["difference"] == pytest.approx(0.2)
+        assert records[0]["low"] < 0.2 < records[0]["high"]
+
+    def test_text(self, cli, results):
+        write_run(results / "s", smoke(seed=9), [])
+        output = cli("verdict", results).output
+        assert "plain-14 v plain-8: +20.00 points" in output
+        assert "degrades, early in training (24 of the paper's 64,000 steps)" in output
+        assert f"left out: {smoke(seed=9).run_id} (missing)" in output
+
+    def test_nothing_to_compare(self, cli, tmp_path):
+        write_run(tmp_path / "s", smoke(), [(0.5, 0.5)])
+        assert "nothing to compare" in cli("verdict", tmp_path).output
+
+
+def test_plot_writes_to_a_folder_of_choice(cli, results, tmp_path):
+    result = cli("plot", results, "--out", tmp_path / "figures", "--formats", "png")
+    assert result.exit_code == 0
+    assert sorted(p.name for p in (tmp_path / "figures" / "s").iterdir()) == [
+        "curves.png",
+        "gap.png",
+        "test-error.png",
+        "training-error.png",
+    ]
+
+
+def test_commands_are_named_like_their_functions_and_have_an_example(cli):
+    for command in app.registered_commands:
+        name = command.name or command.callback.__name__
+        assert command.callback.__name__ == name
+        assert f"Example: degrade {name} " in command.callback.__doc__
+        assert cli(name, "--help").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["sweep", "--help"],
+        ["show", "S"],
+        ["plot", "S"],
+        ["verdict", "S"],
+        ["sweep", "--depths", "21"],
+    ],
+)
+def test_torch_is_not_imported_to_read_results_or_print_help(results, arguments):
+    script = (
+        "import sys, degrade\n"
+        "degrade.load\n"
+        "from degrade.cli import main\n"
+        f"sys.argv = ['degrade', *{[a.replace('S', str(results)) if a == 'S' else a for a in arguments]!r}]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_source_folder_runs_without_being_installed(tmp_path):
+    script = (
+        "import importlib.metadata as m, sys\n"
+        "assert not [d for d in m.distributions(path=[sys.argv[1]])]\n"
+        "import runpy; sys.argv = ['degrade', '--version']; runpy.run_module('degrade', run_name='__main__')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT / "degrade")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.stdout.startswith("degrade 0."), result.stderr
+
+
+@pytest.mark.parametrize("spec", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_experiment_is_a_valid_sweep_with_its_header(cli, spec, tmp_path):
+    header = spec.read_text().partition("\n\n")[0]
+    for word in ("Command:", "Expected:", "Measured:", "Hardware:"):
+        assert word in header
+    assert f"degrade sweep experiments/{spec.name}" in header
+    values = tomllib.loads(spec.read_text())
+    small = ("--width", "2", "--batch-size", "4", "--device", "cpu")
+    result = cli("sweep", spec, "--out", tmp_path, "--dry-run", *small)
+    assert result.exit_code == 0, result.output
+    count = len(values["depths"]) * len(values["blocks"]) * len(values["seeds"])
+    assert f"{count} runs, {count} to train" in result.output.replace("\n", "")

@@ -1,0 +1,97 @@
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from readme import README, renewed
+
+import degrade
+from degrade import plots, store
+from degrade.cli import app
+from degrade.config import PROTOCOLS, RunConfig
+
+ROOT = Path(__file__).parent.parent
+TEXT = README.read_text()
+
+
+def test_the_readmes_numbers_come_out_of_the_results():
+    assert renewed(TEXT) == TEXT, "run make figures"
+    assert "| plain | 56 v 20 | 3 |" in TEXT
+
+
+def test_every_command_is_in_the_readme():
+    for command in app.registered_commands:
+        assert f"`degrade {command.callback.__name__}" in TEXT
+
+
+def test_every_file_the_readme_shows_is_there():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", TEXT):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_table_of_protocols_is_that_of_the_code():
+    rows = {
+        row[0]: row
+        for row in (re.findall(r"[^|`]+", line) for line in TEXT.splitlines())
+        if len(row) > 5
+        for row in [[c.strip() for c in row if c.strip()]]
+    }
+    for name, fields in PROTOCOLS.items():
+        config = RunConfig(block="plain", depth=20, seed=0, **fields)
+        row = next(cells for key, cells in rows.items() if key.startswith(name))
+        row = [cell for cell in row if cell != "(default)"]
+        assert row[1:5] == [f"{config.steps:,}", str(config.batch_size), str(config.lr), str(config.width)]
+        counts = [f"{n:,}" for n in (config.train_images, config.test_images) if n]
+        assert all(count in row[5] for count in counts)
+
+
+def test_every_room_is_in_the_architecture_section():
+    section = TEXT.partition("## Architecture")[2].partition("## Development")[0]
+    for path in (ROOT / "degrade").iterdir():
+        if path.name.startswith("__"):
+            continue
+        assert f"  {path.name}{'/' if path.is_dir() else ' '}" in section, path.name
+
+
+STUDIES = sorted((ROOT / "results").glob("*/study.json"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)
+class TestReferenceResults:
+    def test_every_run_is_done_and_named_by_its_configuration(self, path):
+        study = store.Study.open(path.parent)
+        assert [run.status for run in study.runs] == ["done"] * 12
+        assert path.parent.name in TEXT
+
+    def test_its_figures_are_of_its_logs(self, path):
+        """The axes of the figures drawn now; PNG bytes depend on the version of matplotlib and its fonts."""
+        figures = plots.figures(degrade.load(path.parent))
+        assert {p.stem for p in (path.parent / "figures").iterdir()} == set(figures)
+        for name in figures:
+            assert {p.suffix for p in (path.parent / "figures").glob(f"{name}.*")} == {".png", ".svg", ".pdf"}
+
+    def test_nothing_in_it_names_a_machine(self, path):
+        for file in [*path.parent.rglob("*.json"), *path.parent.rglob("*.csv"), *path.parent.rglob("*.svg")]:
+            assert not re.search(r"/(home|root|Users|tmp|work)/", file.read_text()), file
+
+
+def test_make_help_lists_every_target():
+    makefile = (ROOT / "Makefile").read_text()
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    for target in re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[0].split():
+        assert re.search(rf"^{target}\s", listed, re.MULTILINE), target
+
+
+def test_versions_agree():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {degrade.__version__}\n" in citation
+
+
+def test_the_constraints_pin_what_is_required():
+    project = (ROOT / "pyproject.toml").read_text()
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    pinned = {name.lower() for name in pins}
+    for name in re.findall(r'^    "([a-z-]+)>=', project, re.MULTILINE):
+        assert name in pinned, name
+    assert json.dumps(pins["torch"]).strip('"').split(".")[0] == "2"

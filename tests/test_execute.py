@@ -1,0 +1,116 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from degrade.execute import Error
+from degrade.execute.local import execute
+
+
+def squares(n):
+    """Yields 0, 1, 4, ..., (n-1)**2."""
+    for i in range(n):
+        yield i * i
+
+
+def troubled(n):
+    yield n
+    if n == 1:
+        raise OSError(28, "No space left on device", "/there")
+    if n == 2:
+        raise KeyError("two")
+    if n == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if n == 4:
+        os._exit(7)
+
+
+def sleepy(n):
+    yield os.getpid()
+    time.sleep(n)
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3])
+def test_equals_the_built_in_map(jobs):
+    items = [3, 0, 5, 1, 2, 4]
+    got = {i: [] for i in range(len(items))}
+    kinds = {i: [] for i in range(len(items))}
+    for event in execute(squares, items, jobs):
+        kinds[event.item].append(event.kind)
+        if event.kind == "value":
+            got[event.item].append(event.value)
+    assert list(got.values()) == list(map(list, map(squares, items)))
+    assert all(kind == ["started", *["value"] * n, "done"] for kind, n in zip(kinds.values(), items, strict=True))
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_failed_item_comes_back_whole_and_the_others_go_on(jobs):
+    ends = {e.item: e for e in execute(troubled, [0, 1, 2, 5], jobs) if e.kind in ("done", "failed")}
+    assert [ends[i].kind for i in range(4)] == ["done", "failed", "failed", "done"]
+    assert ends[1].value.type == "OSError"
+    assert str(ends[1].value) == "No space left on device"
+    assert str(ends[2].value) == "KeyError: 'two'"
+    assert 'raise KeyError("two")' in ends[2].value.traceback
+
+
+def test_a_process_that_dies_fails_its_item_and_is_replaced():
+    ends = {e.item: e for e in execute(troubled, [3, 4, 0, 5, 3, 6], 2) if e.kind in ("done", "failed")}
+    assert [ends[i].kind for i in range(6)] == ["failed", "failed", "done", "done", "failed", "done"]
+    assert str(ends[0].value) == "its process was killed by SIGKILL"
+    assert str(ends[1].value) == "its process ended with exit code 7"
+
+
+def test_items_start_in_the_order_given():
+    started = [e.item for e in execute(squares, [2] * 6, 2) if e.kind == "started"]
+    assert sorted(started) == list(range(6))
+    assert all(item <= place + 1 for place, item in enumerate(started))  # at most one other is under way
+    assert [e.item for e in execute(squares, [2] * 6, 1) if e.kind == "started"] == list(range(6))
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_closing_the_iterator_ends_the_workers():
+    events = execute(sleepy, [60, 60], 2)
+    pids = [e.value for _, e in zip(range(4), events, strict=False) if e.kind == "value"]
+    assert len(pids) == 2
+    start = time.monotonic()
+    events.close()
+    assert time.monotonic() - start < 5
+    assert not any(map(alive, pids))
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks into /proc")
+def test_no_orphans_when_the_parent_is_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        "from test_execute import sleepy, execute\n"
+        "if __name__ == '__main__':\n"
+        "    for event in execute(sleepy, [60, 60], 2):\n"
+        "        print(event.value, flush=True) if event.kind == 'value' else None\n"
+    )
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    pids = [int(parent.stdout.readline()) for _ in range(2)]
+    assert all(map(alive, pids))
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 5
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, pids))
+
+
+def test_an_error_is_one_line():
+    assert str(Error("ValueError", "first\nsecond", "")) == "ValueError: first"
+    assert str(Error("MemoryError", "", "")) == "MemoryError"
+    assert str(Error("Failure", "the disk is gone", "")) == "the disk is gone"

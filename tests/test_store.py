@@ -1,0 +1,133 @@
+import json
+
+import pytest
+from conftest import smoke, write_run
+
+import degrade
+from degrade import commit, store
+from degrade.errors import Failure
+from degrade.store import Run, Study, find_studies
+
+
+class TestStatus:
+    def status(self, run):
+        return Run.open(run.study, run.folder).status
+
+    def test_missing_interrupted_done(self, tmp_path):
+        run = write_run(tmp_path / "study", smoke(), [])
+        assert run.status == "missing"
+        commit.write_checkpoint(run.folder / store.CHECKPOINTS, 3, b"state")
+        assert self.status(run) == "interrupted"
+        assert write_run(tmp_path / "study", smoke(), [(0.9, 0.9), (0.8, 0.8)]).status == "done"
+
+    def test_failed(self, tmp_path):
+        run = write_run(tmp_path / "study", smoke(), [])
+        (run.folder / store.ERROR).write_text("Traceback\n  ...\nValueError: why\n")
+        assert self.status(run) == "failed"
+        assert run.error == "ValueError: why"
+
+    def test_diverged(self, tmp_path):
+        run = write_run(tmp_path / "study", smoke(), [(0.9, 0.9), (0.9, 0.9)], loss=float("nan"))
+        assert run.status == "diverged"
+
+    def test_running_only_while_the_lock_is_held(self, tmp_path):
+        run = write_run(tmp_path / "study", smoke(), [])
+        with commit.hold(run.folder / store.LOCK):
+            assert self.status(run) == "running"
+        assert self.status(run) == "missing"  # a killed run leaves the file, not the lock
+
+
+class TestDamage:
+    def test_an_edited_configuration_is_refused(self, tmp_path):
+        run = write_run(tmp_path / "study", smoke(), [])
+        path = run.folder / store.CONFIG
+        path.write_text(path.read_text().replace('"lr": 0.02', '"lr": 0.2'))
+        with pytest.raises(Failure, match=r"config.json was edited: it belongs to plain-8-s0-"):
+            Run.open("study", run.folder)
+
+    @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"block": "plain", "depth": 8, "seed": 0, "x": 1}'])
+    def test_an_unreadable_configuration_names_its_file(self, tmp_path, text):
+        run = write_run(tmp_path / "study", smoke(), [])
+        (run.folder / store.CONFIG).write_text(text)
+        with pytest.raises(Failure, match=store.CONFIG):
+            Run.open("study", run.folder)
+
+    def test_a_run_of_another_study_is_refused(self, tmp_path):
+        run = write_run(tmp_path / "study", smoke(), [])
+        other = write_run(tmp_path / "other", smoke(lr=0.5), [])
+        other.folder.rename(run.folder.parent / other.folder.name)
+        with pytest.raises(Failure, match=r"lr 0\.02 there, 0.5 here"):
+            _ = Study.open(tmp_path / "study").runs
+
+    def test_a_log_of_another_program_is_refused(self, tmp_path):
+        run = write_run(tmp_path / "study", smoke(), [])
+        (run.folder / store.LOG).write_text("loss,step\n1,2\n")
+        with pytest.raises(Failure, match=r"log.csv: the header is not degrade's: 'loss,step'"):
+            degrade.load(tmp_path)
+
+    def test_a_study_file_of_something_else(self, tmp_path):
+        (tmp_path / "study.json").write_text('{"name": "optuna"}')
+        with pytest.raises(Failure, match=r"study\.json is not of a study of degrade's"):
+            find_studies(tmp_path)
+
+
+def test_results_of_an_older_version_stay_readable(tmp_path):
+    """A field added later has its default for older runs, and their ids stay what they were."""
+    values = smoke().as_dict()
+    del values["precision"], values["split_seed"]
+    folder = tmp_path / "study" / store.run_id(values)
+    folder.mkdir(parents=True)
+    (folder / store.CONFIG).write_text(json.dumps(values))
+    shared = {name: value for name, value in values.items() if name not in ("block", "depth", "seed")}
+    (tmp_path / "study" / store.STUDY).write_text(json.dumps({"protocol": "smoke", "shared": shared}))
+    (run,) = Study.open(tmp_path / "study").runs
+    assert run.config == smoke()
+
+
+def test_a_study_refuses_another_protocol_with_the_difference(tmp_path):
+    write_run(tmp_path / "study", smoke(), [])
+    study = Study.open(tmp_path / "study")
+    study.check([smoke("residual", depth=20, seed=3)])
+    with pytest.raises(ValueError) as error:
+        study.check([smoke(lr=0.5, width=8)])
+    assert "lr 0.02 there, 0.5 here; width 4 there, 8 here" in str(error.value)
+    assert "--study NAME" in str(error.value)
+
+
+def test_load_gives_a_row_an_epoch(tmp_path):
+    write_run(tmp_path / "a", smoke(), [(0.9, 0.8), (0.7, 0.6)])
+    write_run(tmp_path / "a", smoke("residual"), [(0.5, 0.4)])
+    write_run(tmp_path / "deep" / "b", smoke(lr=0.1), [(0.3, 0.2)])
+    epochs = degrade.load(tmp_path)
+    assert list(epochs.groupby("study").size().items()) == [("a", 3), ("b", 1)]
+    first = epochs[epochs["id"] == smoke().run_id]
+    assert first["train_error"].tolist() == [0.9, 0.7]
+    assert first["test_error"].tolist() == [0.8, 0.6]
+    assert first["epoch"].tolist() == [1, 2]
+    assert first["step"].tolist() == [12, 24]
+    assert set(first["status"]) == {"done"}
+    assert first["lr"].tolist() == [0.02, 0.0002]  # the epoch's own
+    for column in ("protocol", "dataset", "block", "depth", "seed", "width", "steps"):
+        assert column in epochs
+
+
+@pytest.mark.parametrize("make", [lambda p: p / "none", lambda p: p, lambda p: (p / "f", (p / "f").touch())[0]])
+def test_no_studies(tmp_path, make):
+    with pytest.raises(ValueError, match=r"does not exist|holds no study|is not a folder"):
+        degrade.load(make(tmp_path))
+
+
+def test_records_are_what_show_prints(tmp_path):
+    run = write_run(tmp_path / "a", smoke(), [(0.9, 0.8), (0.7, 0.6)])
+    assert run.record() == {
+        "id": smoke().run_id,
+        "study": "a",
+        "block": "plain",
+        "depth": 8,
+        "seed": 0,
+        "status": "done",
+        "epoch": 2,
+        "step": 24,
+        "train_error": 0.7,
+        "test_error": 0.6,
+    }

@@ -1,0 +1,275 @@
+"""Sweeps in processes of their own, as a user starts them: killed, resumed, run twice."""
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import smoke
+
+from degrade import commit, store
+from degrade.errors import Failure
+from degrade.log import from_csv
+from degrade.store import Study
+from degrade.sweep import Machine, Task, find_runs, resolve_device, resolve_machine, sweep, train_run
+
+SOAK = 40  # kills in `make soak`
+SWEEP = ["sweep", "--depths", "8,14", "--blocks", "plain,residual", "--dataset", "shapes", "--protocol", "smoke"]
+
+
+def command(data_dir, out, *arguments):
+    return [sys.executable, "-m", "degrade", *SWEEP, "--data-dir", str(data_dir), "--out", str(out), *arguments]
+
+
+def digests(out):
+    """SHA-256 of every log and every final checkpoint, by run id."""
+    found = {}
+    for folder in sorted(out.glob("*/*/")):
+        if (folder / store.CONFIG).exists():
+            log = hashlib.sha256((folder / store.LOG).read_bytes()).hexdigest()
+            found[folder.name] = log, max((folder / store.CHECKPOINTS).iterdir()).name
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(data_dir, tmp_path_factory):
+    """The results of an uninterrupted sweep."""
+    out = tmp_path_factory.mktemp("reference")
+    subprocess.run(command(data_dir, out), check=True, stdout=subprocess.DEVNULL)
+    assert len(digests(out)) == 4
+    return out
+
+
+def task(run, data_dir, commit_seconds=0.0):
+    return Task(run.study, run.folder, run.config, data_dir, "cpu", 1, commit_seconds)
+
+
+def new_run(folder, config):
+    study = Study(folder, "smoke", config.shared())
+    study.create([config])
+    return store.Run.open(study.name, folder / config.run_id)
+
+
+class TestResume:
+    def test_the_same_command_again_trains_nothing(self, reference, data_dir):
+        before = {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()}
+        result = subprocess.run(command(data_dir, reference), check=True, capture_output=True, text=True)
+        assert "4 runs, 0 to train" in result.stdout
+        assert {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()} == before
+
+    def test_one_job_or_two_any_order_the_same_bytes(self, reference, data_dir, tmp_path):
+        arguments = ("--jobs", "1", "--threads", "1", "--depths", "14,8", "--blocks", "residual,plain")
+        subprocess.run(command(data_dir, tmp_path, *arguments), check=True, stdout=subprocess.DEVNULL)
+        assert digests(tmp_path) == digests(reference)
+
+    @pytest.mark.parametrize("kills", [3, pytest.param(SOAK, marks=pytest.mark.soak)])
+    def test_killed_over_and_over_it_ends_with_the_same_bytes(self, reference, data_dir, tmp_path, kills):
+        rng = random.Random(kills)
+        for _ in range(kills):
+            process = subprocess.Popen(command(data_dir, tmp_path), stdout=subprocess.DEVNULL)
+            time.sleep(rng.uniform(2, 9))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            deadline = time.monotonic() + 5  # its workers end by themselves
+            while any_running(tmp_path) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert not any_running(tmp_path)
+        subprocess.run(command(data_dir, tmp_path), check=True, stdout=subprocess.DEVNULL)
+        assert digests(tmp_path) == digests(reference)
+
+    @pytest.mark.parametrize("block", ["plain", "residual"])
+    def test_dropped_after_any_report_it_goes_on_from_the_last_commit(self, reference, data_dir, tmp_path, block):
+        run = new_run(tmp_path / "shapes-smoke", smoke(block, depth=14))
+        for _ in range(100):
+            for _ in zip(range(2), train_run(task(run, data_dir)), strict=False):
+                pass  # dropped after the second report
+            if store.Run.open(run.study, run.folder).status == "done":
+                break
+        assert digests(tmp_path)[run.folder.name] == digests(reference)[run.folder.name]
+
+    def test_a_damaged_checkpoint_is_named_and_passed_over(self, reference, data_dir, tmp_path):
+        run = new_run(tmp_path / "shapes-smoke", smoke(depth=14))
+        steps = train_run(task(run, data_dir))
+        while next(steps).step < 16:
+            pass
+        steps.close()
+        newest = max((run.folder / store.CHECKPOINTS).iterdir())
+        newest.write_bytes(newest.read_bytes()[:-100])
+        first, *_ = train_run(task(run, data_dir))
+        assert first.note == f"{run.folder.name}: {newest.name} is damaged, going on from the one before"
+        assert first.step < 16
+        assert digests(tmp_path)[run.folder.name] == digests(reference)[run.folder.name]
+
+    def test_threads_are_kept_from_the_start(self, data_dir, tmp_path):
+        run = new_run(tmp_path / "s", smoke())
+        next(train_run(task(run, data_dir)))
+        import dataclasses
+
+        again = train_run(dataclasses.replace(task(run, data_dir), threads=2))
+        list(again)
+        assert store.read_json(run.folder / store.ENVIRONMENT)["threads"] == 1
+
+    def test_results_without_checkpoints_are_done(self, reference, data_dir, tmp_path):
+        """What is in git: CSV and JSON alone."""
+        shutil.copytree(reference, tmp_path / "r", ignore=shutil.ignore_patterns("checkpoints", "lock"))
+        result = subprocess.run(command(data_dir, tmp_path / "r"), check=True, capture_output=True, text=True)
+        assert "0 to train" in result.stdout
+
+
+def any_running(out):
+    return any(commit.holder(folder / store.LOCK) is not None for folder in out.glob("*/*/"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_signals_end_it_within_five_seconds_resumable(data_dir, tmp_path, number, code, jobs):
+    arguments = ("--steps", "100000", "--jobs", jobs, "--study", "long")
+    process = subprocess.Popen(
+        command(data_dir, tmp_path, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if "epoch 1/" in line:
+            break
+    start = time.monotonic()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=10)
+    assert time.monotonic() - start < 5
+    assert process.returncode == code
+    assert errors == "degrade: stopped; the same command goes on from the last checkpoints\n"
+    assert not any_running(tmp_path)
+
+
+class TestTroubledRuns:
+    def events(self, study, configs, data_dir):
+        runs = find_runs(study, configs)
+        machine = Machine("cpu", 1, 1)
+        return {
+            run.folder.name: event
+            for run, event in sweep(study, runs, machine, data_dir)
+            if event.kind in ("done", "failed")
+        }
+
+    def test_a_failed_run_is_a_visible_row_and_the_rest_go_on(self, data_dir, tmp_path, monkeypatch):
+        from degrade.train import Training
+
+        def broken(self):
+            if self.config.block == "plain":
+                raise RuntimeError("the net is on fire\nin two lines")
+            return end_epoch(self)
+
+        end_epoch = Training.end_epoch
+        monkeypatch.setattr(Training, "end_epoch", broken)
+        configs = [smoke(), smoke("residual")]
+        study = Study(tmp_path / "s", "smoke", configs[0].shared())
+        ends = self.events(study, configs, data_dir)
+        plain, residual = (ends[config.run_id] for config in configs)
+        assert str(plain.value) == "RuntimeError: the net is on fire"
+        assert residual.kind == "done"
+        statuses = {run.config.block: run.status for run in Study.open(tmp_path / "s").runs}
+        assert statuses == {"plain": "failed", "residual": "done"}
+        assert "on fire" in (tmp_path / "s" / configs[0].run_id / store.ERROR).read_text()
+        monkeypatch.undo()
+        self.events(study, configs, data_dir)  # what --retry-failed does
+        assert {run.status for run in Study.open(tmp_path / "s").runs} == {"done"}
+
+    def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
+        self, reference, data_dir, tmp_path, monkeypatch
+    ):
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        config = smoke(depth=14)
+        study = Study(tmp_path / "shapes-smoke", "smoke", config.shared())
+        study.create([config])
+        monkeypatch.setattr(commit, "write_checkpoint", full)
+        (event,) = self.events(study, [config], data_dir).values()
+        assert event.kind == "failed"
+        assert str(event.value) == "No space left on device"
+        monkeypatch.undo()
+        (run,) = Study.open(tmp_path / "shapes-smoke").runs
+        assert run.status == "missing"  # not "failed": nothing is wrong with the run
+        self.events(study, [config], data_dir)
+        assert digests(tmp_path)[run.folder.name] == digests(reference)[run.folder.name]
+
+    def test_a_diverged_run_is_a_visible_row(self, data_dir, tmp_path):
+        config = smoke(lr=1e30)
+        study = Study(tmp_path / "s", "smoke", config.shared())
+        (event,) = self.events(study, [config], data_dir).values()
+        assert event.kind == "done"
+        (run,) = Study.open(tmp_path / "s").runs
+        assert run.status == "diverged"
+        assert len(from_csv((run.folder / store.LOG).read_text())) == 1
+
+    def test_a_run_held_by_another_process_is_left_to_it(self, data_dir, tmp_path):
+        run = new_run(tmp_path / "s", smoke())
+        with commit.hold(run.folder / store.LOCK), pytest.raises(commit.Held, match=f"held by process {os.getpid()}"):
+            next(train_run(task(run, data_dir)))
+
+    def test_a_run_another_sweep_has_finished_is_not_trained_again(self, data_dir, tmp_path):
+        run = new_run(tmp_path / "s", smoke())
+        assert list(train_run(task(run, data_dir)))
+        assert list(train_run(task(run, data_dir))) == []
+
+    def test_missing_data_fail_no_run(self, tmp_path):
+        import dataclasses
+
+        config = dataclasses.replace(smoke(), dataset="cifar10")
+        run = new_run(tmp_path / "s", config)
+        with pytest.raises(Failure, match="CIFAR-10 is missing"):
+            next(train_run(task(run, tmp_path / "nowhere")))
+        assert store.Run.open("s", run.folder).status == "missing"
+
+
+def test_the_clock_is_in_timing_csv_alone(reference):
+    for folder in reference.glob("*/*/"):
+        if not (folder / store.CONFIG).exists():
+            continue
+        header, *rows = (folder / store.TIMING).read_text().splitlines()
+        assert header == "epoch,step,seconds,ended"
+        assert [row.split(",")[:2] for row in rows] == [["1", "8"], ["2", "16"], ["3", "24"]]
+        environment = store.read_json(folder / store.ENVIRONMENT)
+        assert {"torch", "threads", "device", "commit", "python"} <= set(environment)
+        assert str(Path.home()) not in (folder / store.ENVIRONMENT).read_text()
+
+
+def test_the_longest_runs_come_first(tmp_path):
+    configs = [smoke(depth=depth, seed=seed) for seed in (0, 1) for depth in (8, 20, 14)]
+    runs = find_runs(Study(tmp_path, "smoke", configs[0].shared()), configs)
+    assert [run.config.depth for run in runs] == [20, 20, 14, 14, 8, 8]
+
+
+class TestMachine:
+    @pytest.fixture(autouse=True)
+    def four_cores(self, monkeypatch):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+
+    @pytest.mark.parametrize(
+        ("asked", "runs", "got"),
+        [
+            ((None, None), 12, (4, 1)),
+            ((None, None), 2, (2, 2)),
+            ((None, None), 1, (1, 4)),
+            ((None, 2), 12, (2, 2)),
+            ((3, None), 12, (3, 1)),
+            ((8, 8), 1, (8, 8)),
+        ],
+    )
+    def test_auto_shares_out_the_cores(self, asked, runs, got):
+        machine = resolve_machine("cpu", *asked, runs)
+        assert (machine.jobs, machine.threads) == got
+
+    @pytest.mark.parametrize(("jobs", "threads", "name"), [(0, None, "jobs"), (None, 0, "threads")])
+    def test_none_is_refused(self, jobs, threads, name):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
+            resolve_machine("cpu", jobs, threads, 1)
+
+    @pytest.mark.parametrize("device", ["gpu", "cuda:99", "", "cpu:1", "xla"])
+    def test_a_device_that_is_not_there(self, device):
+        with pytest.raises(ValueError, match="device must be auto or one that is there: cpu"):
+            resolve_device(device)
