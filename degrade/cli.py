@@ -20,7 +20,7 @@ from degrade.errors import Failure
 if TYPE_CHECKING:
     from degrade.sweep import Machine
 
-DAY = 86_400
+LONG = 12 * 3600  # seconds, from which on a shorter protocol is pointed out
 FIELDS = "Fields of the protocol, each of which can be overridden"
 SWEEP_FIELDS = ("depths", "blocks", "seeds", "dataset", "protocol", "study")
 
@@ -220,8 +220,8 @@ def _print_plan(folder: Path, runs: Sequence[store.Run], seconds: dict[str, floa
     how = f"{machine.device}, {_count(machine.jobs, 'run')} at a time, {_count(machine.threads, 'thread')} each"
     _say(f"About {terminal.duration(wall)} on this machine: {how}")
     short = PROTOCOLS["short"]["steps"] / runs[0].config.steps
-    if wall > DAY and short < 1:
-        _say(f"That is days: --protocol short takes about {terminal.duration(wall * short)}")
+    if wall > LONG and short < 1:
+        _say(f"Too long? --protocol short takes about {terminal.duration(wall * short)}")
 
 
 def _say(text: str) -> None:

@@ -82,14 +82,19 @@ class TestSweep:
         assert result.exit_code == 0, result.output
         assert smoke(seed=5, lr=0.25, width=2).run_id in result.output
 
-    def test_defaults_are_cifar10_and_the_paper(self, cli, tmp_path):
+    @pytest.mark.parametrize("hours", [1, 100])
+    def test_defaults_are_cifar10_and_the_paper(self, cli, tmp_path, monkeypatch, hours):
+        from degrade import bench
+
+        monkeypatch.setattr(bench, "estimate", lambda configs, _: {c.run_id: hours * 3600.0 for c in configs})
         result = cli("sweep", "--depths", "20,56", "--device", "cpu", "--out", tmp_path, "--dry-run", "--jobs", "1")
         assert result.exit_code == 0
         for block in ("plain", "residual"):
             for depth in (20, 56):
                 assert RunConfig(block=block, depth=depth, seed=0).run_id in result.output
         assert "cifar10-paper: 4 runs, 4 to train" in result.output
-        assert "That is days: --protocol short takes about" in result.output
+        assert ("About 4.0 h on" if hours == 1 else "About 16.7 days on") in result.output
+        assert ("Too long? --protocol short takes about 12.5 h" in result.output) is (hours == 100)
 
     def test_another_protocol_in_one_study_is_refused_with_the_difference(self, cli, tmp_path, data_dir):
         write_run(tmp_path / "mine", smoke(), [])
