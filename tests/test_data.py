@@ -1,11 +1,17 @@
 import errno
+import functools
 import hashlib
+import http.server
+import io
 import pickle
+import tarfile
+import threading
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 from degrade import data
 from degrade.data import cifar10, shapes
@@ -201,6 +207,50 @@ class TestCifar10:
         monkeypatch.setattr(pickle, "load", unpickled)
         with pytest.raises(Failure, match=f"CIFAR-10 is damaged in {tmp_path}"):
             data.load("cifar10", data_dir=tmp_path)
+
+    @pytest.fixture
+    def server(self, tmp_path, monkeypatch):
+        """A tiny CIFAR-10 in the real format, served on this machine."""
+        folder = tmp_path / "made" / cifar10.FOLDER
+        folder.mkdir(parents=True)
+        official = torchvision.datasets.CIFAR10
+        for lists in ("train_list", "test_list"):
+            entries = []
+            for name, _ in getattr(official, lists):
+                pixels = np.random.default_rng(len(name)).integers(0, 256, (20, 3072), dtype=np.uint8)
+                (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [i % 10 for i in range(20)]}))
+                entries.append([name, hashlib.md5((folder / name).read_bytes()).hexdigest()])
+            monkeypatch.setattr(official, lists, entries)
+        (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(cifar10.CLASSES)}))
+        meta = hashlib.md5((folder / "batches.meta").read_bytes()).hexdigest()
+        monkeypatch.setattr(official, "meta", official.meta | {"md5": meta})
+        archive = tmp_path / "made" / official.filename
+        with tarfile.open(archive, "w:gz") as tar:
+            tar.add(folder, cifar10.FOLDER)
+        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=archive.parent)
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+            threading.Thread(target=httpd.serve_forever, daemon=True).start()
+            monkeypatch.setattr(official, "url", f"http://127.0.0.1:{httpd.server_port}/{archive.name}")
+            monkeypatch.setattr(official, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+            yield archive
+            httpd.shutdown()
+
+    def test_it_is_downloaded_once_with_a_progress_bar(self, server, tmp_path, capfd):
+        data.fetch("cifar10", tmp_path / "data")
+        assert "100%" in capfd.readouterr().err
+        server.unlink()  # a second download would fail
+        data.fetch("cifar10", tmp_path / "data")
+        (train, _), (test, _) = cifar10.load(tmp_path / "data")
+        assert (len(train), len(test)) == (100, 20)
+
+    def test_an_archive_with_another_checksum_is_not_opened(self, server, tmp_path):
+        with tarfile.open(server, "w:gz") as tar:
+            info = tarfile.TarInfo("../escaped")
+            tar.addfile(info, io.BytesIO())
+        with pytest.raises(Failure, match="CIFAR-10 is missing"):
+            data.fetch("cifar10", tmp_path / "data")
+        assert not (tmp_path / "escaped").exists()
+        assert not (tmp_path / "data" / cifar10.FOLDER).exists()
 
     def test_missing_and_offline_says_what_to_do(self, tmp_path, monkeypatch):
         def offline(*_, **__):
