@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import torch
 
-from degrade.config import DATASETS, RunConfig, epoch_ends
+from degrade.config import DATASETS, RunConfig
 from degrade.data import Images, Splits
 from degrade.evaluate import evaluate
 from degrade.sweep import Machine
-from degrade.train import Training
+from degrade.train import Training, prepare_process
 
 EVALUATED = 256  # images
+MAX_TIMED = 16 * 1024  # batch size times width: eight batches of the paper's
 
 
 class Speed(NamedTuple):
@@ -27,33 +28,34 @@ class Speed(NamedTuple):
 
 def measure(config: RunConfig, device: str, threads: int, *, repeats: int = 3) -> Speed:
     """Time a few updates and evaluations of this net on made-up images: medians, after one of each to warm up."""
-    torch.set_num_threads(threads)
-    count = max(EVALUATED, config.batch_size)
-    pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, device=device)
+    prepare_process(threads)
     classes = DATASETS[config.dataset].num_classes
-    labels = torch.randint(classes, (count,), device=device)
+    pixels = torch.randint(256, (EVALUATED, 3, 32, 32), dtype=torch.uint8, device=device)
+    labels = torch.randint(classes, (EVALUATED,), device=device)
     images = Images(pixels, labels)
     none = Images(pixels[:0], labels[:0])
     splits = Splits(images, none, images, torch.zeros(3, 32, 32, device=device), classes)
     training = Training(config, splits, device)
     step = _median_seconds(training.update, device, repeats)
-    image = _median_seconds(lambda: evaluate(training.net, pixels, labels, splits.mean), device, repeats) / count
+    image = _median_seconds(lambda: evaluate(training.net, pixels, labels, splits.mean), device, repeats) / EVALUATED
     return Speed(step, image)
 
 
 def estimate(configs: Sequence[RunConfig], machine: Machine) -> dict[str, float]:
     """Seconds each whole run will take, by run id, from timing depths 8 and 20: the time is a straight line in depth.
 
-    Takes a few seconds itself.
+    Takes a few seconds itself. Batches of very wide nets, or very large ones, are timed in part, to spare memory.
     """
-    short, long = (measure(replace(configs[0], depth=depth), machine.device, machine.threads) for depth in (8, 20))
+    batch_size = min(configs[0].batch_size, max(MAX_TIMED // configs[0].width, 1))
+    scale = configs[0].batch_size / batch_size
+    timed = replace(configs[0], batch_size=batch_size)
+    short, long = (measure(replace(timed, depth=depth), machine.device, machine.threads) for depth in (8, 20))
     seconds = {}
     for config in configs:
         share = (config.depth - 8) / 12
         step, image = (max(a + share * (b - a), 0.0) for a, b in zip(short, long, strict=True))
-        epochs = len(epoch_ends(config.training_set_size, config.batch_size, config.steps))
         images = config.training_set_size + config.test_set_size + config.val_images
-        seconds[config.run_id] = config.steps * step + epochs * images * image
+        seconds[config.run_id] = config.steps * step * scale + config.epochs * images * image
     return seconds
 
 
@@ -70,7 +72,7 @@ def _median_seconds(function: Callable[[], object], device: str, repeats: int) -
     for _ in range(repeats + 1):
         start = time.perf_counter()
         function()
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize(device)
+        if torch.device(device).type != "cpu":
+            torch.accelerator.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])

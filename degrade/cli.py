@@ -1,14 +1,15 @@
 """The command line: parse, call, print. Torch, pandas and matplotlib are imported by the commands that need them."""
 
-import functools
+import csv
 import json
+import os
 import re
 import signal
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -25,7 +26,7 @@ FIELDS = "Fields of the protocol, each of which can be overridden"
 SWEEP_FIELDS = ("depths", "blocks", "seeds", "dataset", "protocol", "study")
 
 app = typer.Typer(
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Reproduce and study the degradation problem: deeper plain nets get a higher training error "
@@ -35,35 +36,54 @@ console = Console()
 Results = Annotated[Path, typer.Argument(help="A folder of results: of one study, or of several.")]
 
 
+def _whole(text: str) -> int:
+    if not re.fullmatch(r"-?[0-9]{1,18}", text):
+        raise typer.BadParameter(f"must be a whole number; got {text!r}.")
+    return int(text)
+
+
+def _real(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"must be a number; got {text!r}.") from None
+
+
+def _field(parser: Callable[[str], Any], text: str, **options: Any) -> Any:
+    """An option of `sweep` that overrides a field of the protocol."""
+    metavar = "N" if parser is _whole else "X" if parser is _real else "TEXT"
+    return typer.Option(parser=parser, metavar=metavar, help=text, rich_help_panel=FIELDS, **options)
+
+
 class Terminated(BaseException):
     """SIGTERM, so that clean-up happens on the way out as it does for Ctrl-C."""
 
 
 def main() -> None:
-    app(prog_name="degrade")
+    """Run the command line. Every expected error is one line: exit 2 for usage, 1 for failure."""
+    usage_error: type[Any] = typer.BadParameter.__mro__[1]  # of the click that typer uses, whichever that is
+    try:
+        code = app(prog_name="degrade", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:  # whoever read the output, head say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except usage_error as error:
+        _exit(f"{error.format_message()} Try: {error.ctx.command_path if error.ctx else 'degrade'} --help", 2)
+    except ValueError as error:
+        _exit(str(error), 2)
+    except Failure as error:
+        _exit(str(error), 1)
+    except OSError as error:
+        _exit(": ".join(filter(None, (str(error.filename or ""), error.strerror or str(error)))), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        _exit("stopped", 130)
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command whose expected errors are one line: exit 2 for usage (ValueError), 1 for failure."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except ValueError as error:
-            _exit(str(error), 2)
-        except Failure as error:
-            _exit(str(error), 1)
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            _exit(f"{where}{error.strerror or error}", 1)
-
-    return app.command()(run)
-
-
-def _exit(message: str, code: int) -> None:
-    print(f"degrade: {message}", file=sys.stderr)
-    raise typer.Exit(code)
+def _exit(message: str, code: int) -> NoReturn:
+    print("degrade: " + re.sub(r"[\x00-\x1f\x7f]", lambda control: repr(control[0])[1:-1], message), file=sys.stderr)
+    sys.exit(code)
 
 
 def _version(asked: bool) -> None:
@@ -74,12 +94,14 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
-@command
+@app.command()
 def sweep(
     spec: Annotated[Path | None, typer.Argument(help="A TOML file with any of these settings; flags win.")] = None,
     depths: Annotated[str | None, typer.Option(help="6n+2, such as 20,32,44,56,110.")] = None,
@@ -103,8 +125,8 @@ def sweep(
     steps: Annotated[
         int | None, typer.Option(help="Updates; milestones move to half and 3/4.", rich_help_panel=FIELDS)
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images an update.", rich_help_panel=FIELDS)] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=FIELDS)] = None,
+    batch_size: Annotated[int | None, _field(_whole, "Images an update.")] = None,
+    lr: Annotated[float | None, _field(_real, "Learning rate.")] = None,
     milestones: Annotated[
         str | None, typer.Option(help="Steps at which lr is divided by 10.", rich_help_panel=FIELDS)
     ] = None,
@@ -114,22 +136,22 @@ def sweep(
     warmup_lr: Annotated[
         float | None, typer.Option(help="Learning rate while warming up.", rich_help_panel=FIELDS)
     ] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help="Updates of the warm-up.", rich_help_panel=FIELDS)] = None,
-    momentum: Annotated[float | None, typer.Option(help="Of SGD.", rich_help_panel=FIELDS)] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Of SGD.", rich_help_panel=FIELDS)] = None,
+    warmup_steps: Annotated[int | None, _field(_whole, "Updates of the warm-up.")] = None,
+    momentum: Annotated[float | None, _field(_real, "Of SGD.")] = None,
+    weight_decay: Annotated[float | None, _field(_real, "Of SGD.")] = None,
     decay: Annotated[
         str | None, typer.Option(help="Weight decay on all parameters, or conv: not on BN.", rich_help_panel=FIELDS)
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Channels of the first stage.", rich_help_panel=FIELDS)] = None,
+    width: Annotated[int | None, _field(_whole, "Channels of the first stage.")] = None,
     shortcut: Annotated[
         str | None, typer.Option(help="A (zero padding), B or C (projections).", rich_help_panel=FIELDS)
     ] = None,
-    train_images: Annotated[int | None, typer.Option(help="Train on this many images.", rich_help_panel=FIELDS)] = None,
+    train_images: Annotated[int | None, _field(_whole, "Train on this many images.")] = None,
     val_images: Annotated[
         int | None, typer.Option(help="Hold this many training images out.", rich_help_panel=FIELDS)
     ] = None,
-    test_images: Annotated[int | None, typer.Option(help="Test on this many images.", rich_help_panel=FIELDS)] = None,
-    split_seed: Annotated[int | None, typer.Option(help="Which images those are.", rich_help_panel=FIELDS)] = None,
+    test_images: Annotated[int | None, _field(_whole, "Test on this many images.")] = None,
+    split_seed: Annotated[int | None, _field(_whole, "Which images those are.")] = None,
     precision: Annotated[
         str | None, typer.Option(help="fp32 or tf32.", show_default="tf32 on GPUs that have it", rich_help_panel=FIELDS)
     ] = None,
@@ -176,17 +198,18 @@ def sweep(
     from degrade import sweep as engine
 
     device = engine.resolve_device(device)
-    if "precision" not in wanted and (default := engine.default_precision(device)) != "fp32":
-        wanted["precision"] = default
-    configs = _configs(grid, dataset, protocol_fields(protocol, wanted))
     folder = _study_folder(out, study or study_name(dataset, protocol, wanted))
-    chosen = store.Study.open(folder) if (folder / store.STUDY).exists() else None
-    chosen = chosen or store.Study(folder, protocol, configs[0].shared())
+    there = store.Study.open(folder) if (folder / store.STUDY).exists() else None
+    wanted.setdefault("precision", there.shared["precision"] if there else engine.default_precision(device))
+    if wanted["precision"] == "tf32" and not engine.has_tf32(device):
+        raise ValueError(f"precision tf32 needs a GPU that has it; device is {device}")
+    configs = _configs(grid, dataset, protocol_fields(protocol, wanted))
+    chosen = there or store.Study(folder, folder.name, protocol, configs[0].shared())
     chosen.check(configs)
     machine = engine.resolve_machine(device, _auto(jobs, "--jobs"), _auto(threads, "--threads"), len(configs))
     runs = engine.find_runs(chosen, configs)
-    finished = [s for s in engine.FINISHED if not (retry_failed and s == "failed")]
-    todo = [run for run in runs if run.status not in finished]
+    passed_over = ("done", "diverged", "running") if retry_failed else ("done", "diverged", "running", "failed")
+    todo = [run for run in runs if run.status not in passed_over]
 
     from degrade import bench
 
@@ -198,8 +221,9 @@ def sweep(
         _train(chosen, todo, machine, data_dir, seconds)
     runs = engine.find_runs(chosen, configs)
     console.print(terminal.runs_table(runs))
-    if unfinished := [run for run in runs if run.status != "done"]:
-        _exit(f"{len(unfinished)} of {len(runs)} runs not done; the same command goes on with those that can", 1)
+    if unfinished := [run.status for run in runs if run.status != "done"]:
+        retry = "; --retry-failed tries the failed ones again" if "failed" in unfinished else ""
+        _exit(f"{len(unfinished)} of {len(runs)} runs not done ({', '.join(sorted(set(unfinished)))}){retry}", 1)
     _say(f"Next: degrade plot {folder}; degrade verdict {folder}")
 
 
@@ -261,7 +285,7 @@ def _train(
         signal.signal(signal.SIGTERM, before)
 
 
-@command
+@app.command()
 def show(
     results: Results = Path("results"),
     as_csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
@@ -277,10 +301,9 @@ def show(
         if as_json:
             print(json.dumps(records, indent=2))
             return
-        columns = ("id", "study", "block", "depth", "seed", "status", "epoch", "step", "train_error", "test_error")
-        print(",".join(columns))
-        for row in records:
-            print(",".join("" if row[column] is None else str(row[column]) for column in columns))
+        writer = csv.DictWriter(sys.stdout, records[0] if records else ["id"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
         return
     for study in studies:
         _say(f"{study.name}: {study.shared['dataset']}, protocol {study.protocol}")
@@ -290,7 +313,7 @@ def show(
                 _say(f"{run.folder.name}: {run.error}")
 
 
-@command
+@app.command()
 def plot(
     results: Results = Path("results"),
     out: Annotated[
@@ -318,7 +341,7 @@ def plot(
             print(f"{paths[0].with_suffix('')}.{{{','.join(kinds)}}}" if len(kinds) > 1 else paths[0])
 
 
-@command
+@app.command()
 def verdict(
     results: Results = Path("results"),
     as_json: Annotated[bool, typer.Option("--json", help="As a list of objects.")] = False,

@@ -62,12 +62,22 @@ def _sync_folder(path: Path) -> None:
 
 
 def write_checkpoint(folder: Path, step: int, data: bytes) -> None:
-    """Commit `data` as the newest checkpoint in `folder`, then drop all but the two newest."""
+    """Commit `data` as the newest checkpoint in `folder`, then drop all but it and the one before.
+
+    Checkpoints of later steps go too: the run would have gone on from them, had they not been damaged.
+    """
     make_folder(folder)
-    write_file(folder / f"{step:09d}-{hashlib.sha256(data).hexdigest()}.pt", data)
-    for path in _checkpoints(folder)[KEPT:]:
-        path.unlink(missing_ok=True)
-    for path in folder.glob(".*.partial"):  # of a process that was killed; the caller holds the run's lock
+    path = folder / f"{step:09d}-{hashlib.sha256(data).hexdigest()}.pt"
+    write_file(path, data)
+    kept = [other for other in _checkpoints(folder) if other.name <= path.name][:KEPT]
+    for other in _checkpoints(folder):
+        if other not in kept:
+            other.unlink(missing_ok=True)
+
+
+def clear_leavings(folder: Path) -> None:
+    """Remove what a killed process left half-written. The caller holds the lock of whoever writes there."""
+    for path in folder.glob(".*.partial"):
         path.unlink(missing_ok=True)
 
 

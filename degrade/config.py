@@ -23,6 +23,7 @@ class Dataset(NamedTuple):
 
 DATASETS = {"cifar10": Dataset(50_000, 10_000, 10), "shapes": Dataset(10_000, 2_000, 10)}
 MAX_DEPTH = 10_000
+LIMITS = {"steps": 10**9, "batch_size": 2**16, "width": 2**10}  # far beyond any use
 MAX_SEED = 2**32 - 1
 
 # What may differ between the runs of one study. Everything else is the study's protocol.
@@ -68,7 +69,7 @@ class RunConfig:
         momentum: of SGD, not Nesterov's.
         weight_decay: of SGD, an L2 penalty's gradient.
         decay: "all" parameters, or "conv": the weights of convolutions and the linear layer only.
-        precision: "fp32", or "tf32" (of convolutions and matrix products on GPUs that have it).
+        precision: "fp32", or "tf32" (of convolutions, on GPUs that have it).
 
     Raises:
         ValueError: naming the field, the rule and the value.
@@ -113,6 +114,9 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
+        for name, limit in LIMITS.items():
+            if getattr(self, name) > limit:
+                raise ValueError(f"{name} must be at most {limit:,}; got {getattr(self, name)}")
         for name in ("val_images", "warmup_steps", "warmup_depth"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
@@ -147,6 +151,20 @@ class RunConfig:
     def test_set_size(self) -> int:
         """How many images the net is tested on."""
         return self.test_images or DATASETS[self.dataset].test_images
+
+    @property
+    def epochs(self) -> int:
+        """How many rows the log has in the end; the last epoch may be partial."""
+        if self.batch_size >= self.training_set_size:
+            return self.steps
+        return (self.steps - 1) * self.batch_size // self.training_set_size + 1
+
+    def epoch_end(self, epoch: int) -> int:
+        """The number of updates done at the end of an epoch, counted from 1: ceil(epoch * N / B), or all.
+
+        An epoch passes N images on average. Where a batch has more, each update ends an epoch.
+        """
+        return min(max(-(-epoch * self.training_set_size // self.batch_size), epoch), self.steps)
 
     def lr_at(self, step: int) -> float:
         """The learning rate of update `step`, counted from 0."""
@@ -243,7 +261,7 @@ def protocol_fields(protocol: str, overrides: Mapping[str, Any]) -> dict[str, An
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}")
     values = PROTOCOLS[protocol] | dict(overrides)
     if "steps" in overrides and "milestones" not in overrides and isinstance(values["steps"], int):
-        values["milestones"] = (values["steps"] // 2, values["steps"] * 3 // 4)
+        values["milestones"] = tuple(sorted({values["steps"] // 2, values["steps"] * 3 // 4} - {0}))
     return values
 
 
@@ -263,16 +281,3 @@ def matches_protocol(shared: Mapping[str, Any], protocol: str) -> bool:
     free = {"dataset", "precision"}
     reference = RunConfig(block="plain", depth=20, seed=0, **PROTOCOLS[protocol]).shared()
     return all(shared.get(name) == value for name, value in reference.items() if name not in free)
-
-
-def epoch_ends(images: int, batch_size: int, steps: int) -> list[int]:
-    """The number of steps done at the end of each epoch: ceil(e*N/B), and `steps` at the last.
-
-    One epoch passes `images` images on average; the last one may be partial. Where a batch is larger
-    than the training set, each step ends an epoch.
-    """
-    ends: list[int] = []
-    while not ends or ends[-1] < steps:
-        e = len(ends) + 1
-        ends.append(min(max(-(-e * images // batch_size), ends[-1] + 1 if ends else 1), steps))
-    return ends

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from degrade import paper
-from degrade.analysis.verdict import final_epochs
+from degrade.analysis.verdict import FINISHED, chance_error, final_epochs
 from degrade.commit import make_folder, write_file
 from degrade.config import BLOCKS
 
@@ -36,7 +36,7 @@ def figures(epochs: "pd.DataFrame") -> dict[str, Figure]:
             only; diverged ones stand at chance.
     """
     final = final_epochs(epochs)
-    final = final[final["status"].isin(["done", "diverged"])].copy()
+    final = final[final["status"].isin(FINISHED)].copy()
     final["gap"] = final["test_error"] - final["train_error"]
     drawn = {"curves": draw_curves(epochs)}
     if len(final):
@@ -98,6 +98,7 @@ def by_depth(ax: Axes, final: "pd.DataFrame", measure: str) -> Axes:
 
 def draw_curves(epochs: "pd.DataFrame") -> Figure:
     """The error curves of Fig. 6: plain on the left, residual on the right, on one scale."""
+    epochs = _comparable(epochs)
     blocks = [block for block in BLOCKS if (epochs["block"] == block).any()]
     figure = Figure(figsize=(4.8 * len(blocks), 4.2), layout="constrained")
     axes = figure.subplots(1, len(blocks), sharey=True, squeeze=False)[0]
@@ -112,6 +113,8 @@ def draw_curves(epochs: "pd.DataFrame") -> Figure:
 def curves(ax: Axes, epochs: "pd.DataFrame", block: str) -> Axes:
     """Draw error v step of every depth of `block`: the mean over seeds, with a band from lowest to highest.
 
+    A diverged run stays at chance from its last epoch on; otherwise a step is drawn where every seed has it.
+
     Args:
         ax: to draw on.
         epochs: rows of one study, as `store.load` gives them.
@@ -125,11 +128,11 @@ def curves(ax: Axes, epochs: "pd.DataFrame", block: str) -> Axes:
             continue
         colour = colours(0.75 * i / max(len(depths) - 1, 1))
         for measure, width in (("train_error", 0.9), ("test_error", 2.2)):
-            by = runs.groupby("step")[measure]
-            steps = by.mean().index
+            seeds = _by_step(runs, measure)
+            mean, low, high = seeds.mean(axis=1), seeds.min(axis=1), seeds.max(axis=1)
             label = f"{block}-{depth}" if measure == "test_error" else None
-            ax.fill_between(steps, by.min(), by.max(), color=colour, alpha=0.12, linewidth=0)
-            ax.plot(steps, by.mean(), color=colour, linewidth=width, label=label)
+            ax.fill_between(mean.index, low, high, color=colour, alpha=0.12, linewidth=0)
+            ax.plot(mean.index, mean, color=colour, linewidth=width, label=label)
     for milestone in epochs["milestones"].iloc[0]:
         ax.axvline(milestone, color="0.6", linewidth=0.8, linestyle="--", zorder=0)
     late = epochs[epochs["step"] > epochs["steps"] / 4]
@@ -140,6 +143,24 @@ def curves(ax: Axes, epochs: "pd.DataFrame", block: str) -> Axes:
     ax.set_xlabel("step (dashed: learning rate / 10)")
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     return _finish(ax)
+
+
+def _comparable(epochs: "pd.DataFrame") -> "pd.DataFrame":
+    """The finished runs of each net; all of them where none is finished yet."""
+    finished = epochs["status"].isin(FINISHED)
+    some = finished.groupby([epochs["block"], epochs["depth"]]).transform("any")
+    return epochs[finished | ~some]
+
+
+def _by_step(runs: "pd.DataFrame", measure: str) -> "pd.DataFrame":
+    """`measure` of one net, a row a step and a column a seed."""
+    table = runs.pivot(index="step", columns="id", values=measure)
+    diverged = runs[runs["status"] == "diverged"]
+    if len(diverged):
+        table = table.reindex(sorted({*table.index, int(runs["steps"].iloc[0])}))
+    for name, rows in diverged.groupby("id"):
+        table.loc[table.index >= rows["step"].max(), name] = chance_error(rows["dataset"].iloc[0])
+    return table.dropna()
 
 
 def save(figure: Figure, folder: Path, name: str, formats: Iterable[str] = FORMATS) -> list[Path]:

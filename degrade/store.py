@@ -11,13 +11,13 @@ results/<study>/<run id>/config.json        the whole configuration
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from degrade.commit import holder, make_folder, write_file
+from degrade.commit import clear_leavings, hold, holder, make_folder, write_file
 from degrade.config import SWEPT, RunConfig, matches_protocol, run_id
 from degrade.errors import Failure
 from degrade.log import Epoch, from_csv
@@ -82,12 +82,14 @@ class Run:
         except FileNotFoundError:
             return []
         except ValueError as error:
-            raise Failure(f"{self.folder / LOG}: {error}") from None
+            there = any((self.folder / CHECKPOINTS).glob("*.pt"))
+            advice = "; delete it, and the sweep writes it anew from its checkpoint" if there else ""
+            raise Failure(f"{self.folder / LOG}: {error}{advice}") from None
 
     @cached_property
     def status(self) -> str:
         """done, running, interrupted, failed, diverged or missing."""
-        if holder(self.folder / LOCK) is not None:
+        if self.holder is not None:
             return "running"
         if self.epochs and self.epochs[-1].diverged:
             return "diverged"
@@ -98,6 +100,11 @@ class Run:
         if self.epochs or any((self.folder / CHECKPOINTS).glob("*.pt")):
             return "interrupted"
         return "missing"
+
+    @property
+    def holder(self) -> int | None:
+        """The process that trains it (0 where its number is not known), or None."""
+        return holder(self.folder / LOCK)
 
     @property
     def error(self) -> str:
@@ -129,21 +136,19 @@ class Study:
     """Runs that differ in block, depth and seed only.
 
     Args:
-        folder: of the study; its name is the study's.
+        folder: of the study.
+        name: the folder's path below the folder of results that was asked for, so that it is unique there.
         protocol: the name of the protocol it started from.
         shared: the configuration that all of its runs have in common.
     """
 
     folder: Path
+    name: str
     protocol: str
     shared: dict[str, Any]
 
-    @property
-    def name(self) -> str:
-        return self.folder.resolve().name
-
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, folder: Path, root: Path | None = None) -> Self:
         """
         Raises:
             Failure: its study.json is unreadable.
@@ -155,7 +160,8 @@ class Study:
             shared = RunConfig.from_dict({"block": "plain", "depth": 20, "seed": 0} | values["shared"]).shared()
         except ValueError as error:
             raise Failure(f"{folder / STUDY}: {error}") from None
-        return cls(folder, values["protocol"], shared)
+        name = folder.relative_to(root).as_posix() if root and root != folder else folder.resolve().name
+        return cls(folder, name, values["protocol"], shared)
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -182,16 +188,24 @@ class Study:
                     "Give this sweep a study of its own with --study NAME"
                 )
 
-    def create(self, configs: Iterable[RunConfig]) -> None:
-        """Write study.json, and each run's config.json, where they are not there yet."""
+    def create(self, configs: Sequence[RunConfig]) -> None:
+        """Write study.json, and each run's config.json, where they are not there yet.
+
+        Raises:
+            ValueError: another sweep has made the study meanwhile, with another protocol.
+        """
         make_folder(self.folder)
-        if not (self.folder / STUDY).exists():
-            write_file(self.folder / STUDY, to_json({"protocol": self.protocol, "shared": self.shared}))
-        for config in configs:
-            folder = self.folder / config.run_id
-            if not (folder / CONFIG).exists():
-                make_folder(folder)
-                write_file(folder / CONFIG, to_json(config.as_dict()))
+        with hold(self.folder / LOCK, wait=True):
+            clear_leavings(self.folder)
+            if (self.folder / STUDY).exists():
+                Study.open(self.folder).check(configs)
+            else:
+                write_file(self.folder / STUDY, to_json({"protocol": self.protocol, "shared": self.shared}))
+            for config in configs:
+                folder = self.folder / config.run_id
+                if not (folder / CONFIG).exists():
+                    make_folder(folder)
+                    write_file(folder / CONFIG, to_json(config.as_dict()))
 
 
 def difference(shared: Mapping[str, Any], config: RunConfig) -> str:
@@ -205,7 +219,7 @@ def difference(shared: Mapping[str, Any], config: RunConfig) -> str:
 
 
 def find_studies(root: Path) -> list[Study]:
-    """Every study in `root` or below it, by folder.
+    """Every study in `root` or below it, by folder, each named by where it is below `root`.
 
     Raises:
         ValueError: `root` is not a folder, or holds no study.
@@ -213,7 +227,7 @@ def find_studies(root: Path) -> list[Study]:
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise ValueError(f"{root} {what}; name a folder of results, such as results/")
-    studies = [Study.open(path.parent) for path in sorted(root.rglob(STUDY))]
+    studies = [Study.open(path.parent, root) for path in sorted(root.rglob(STUDY))]
     if not studies:
         raise ValueError(f"{root} holds no study (a folder with {STUDY}); `degrade sweep --out {root}` makes one")
     return studies

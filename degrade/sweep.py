@@ -23,11 +23,10 @@ from degrade.execute import Event
 from degrade.execute.local import execute
 from degrade.log import Epoch, to_csv
 from degrade.store import Run, Study, to_json
-from degrade.train import Training, load_splits
+from degrade.train import Training, load_splits, prepare_process
 
 COMMIT_SECONDS = 30.0
 REPORT_SECONDS = 0.25
-FINISHED = ("done", "failed", "diverged")
 
 
 class Progress(NamedTuple):
@@ -80,23 +79,26 @@ def resolve_device(device: str) -> str:
 
 def default_precision(device: str) -> str:
     """PyTorch's own default for convolutions: tf32 on GPUs that have it, fp32 elsewhere."""
-    if torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
-        return "tf32"
-    return "fp32"
+    return "tf32" if has_tf32(device) else "fp32"
+
+
+def has_tf32(device: str) -> bool:
+    return torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def resolve_machine(device: str, jobs: int | None, threads: int | None, runs: int) -> Machine:
     """Resolve "auto" (None) from the number of runs and cores alone: as many runs side by side as there are cores.
 
     Raises:
-        ValueError: jobs or threads below 1.
+        ValueError: jobs or threads below 1 or above 1024.
     """
     for name, value in (("jobs", jobs), ("threads", threads)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+        if value is not None and not 1 <= value <= 1024:
+            raise ValueError(f"{name} must be from 1 to 1024; got {value}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if jobs is None:
-        jobs = min(max(runs, 1), max(cores // (threads or 1), 1)) if device == "cpu" else 1
+        jobs = max(cores // (threads or 1), 1) if device == "cpu" else 1
+    jobs = min(jobs, max(runs, 1))
     return Machine(device, jobs, threads or max(cores // jobs, 1))
 
 
@@ -156,13 +158,14 @@ def _train_run(task: Task) -> Iterator[Progress]:
     if run.epochs and (run.epochs[-1].step >= task.config.steps or run.epochs[-1].diverged):
         return  # another sweep was faster
     (folder / store.ERROR).unlink(missing_ok=True)
-    environment = _environment(task)
-    torch.set_num_threads(environment["threads"])
-    torch.set_flush_denormal(True)
+    commit.clear_leavings(folder)
+    commit.clear_leavings(folder / store.CHECKPOINTS)
+    prepare_process(_environment(task)["threads"])
     training = Training(task.config, load_splits(task.config, task.data_dir, task.device), task.device)
 
     state, bad = commit.read_checkpoint(folder / store.CHECKPOINTS)
-    note = f"{run.folder.name}: {', '.join(bad)} is damaged, going on from the one before" if bad else ""
+    then = "starting anew" if state is None else "going on from the one before"
+    note = f"{run.folder.name}: {', '.join(bad)} damaged, {then}" if bad else ""
     if state is not None:
         training.restore(state)
         _write_log(folder, training)

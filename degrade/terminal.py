@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from degrade.analysis.verdict import Verdict
-from degrade.config import RunConfig, epoch_ends
+from degrade.config import RunConfig
 from degrade.execute import Event
 from degrade.log import Epoch
 from degrade.store import Run
@@ -47,6 +47,10 @@ def plan_table(runs: Sequence[Run], seconds: Mapping[str, float]) -> Table:
     for run in runs:
         config, status = run.config, run.status
         plan = {"missing": "new", "interrupted": "resumed"}.get(status, status)
+        if status == "running":
+            plan = f"running, process {run.holder or '?'}"
+        elif status == "failed" and config.run_id in seconds:
+            plan = "retried"
         time_needed = duration(seconds[config.run_id]) if run.folder.name in seconds else "-"
         style = STYLES.get(status)
         table.add_row(
@@ -126,8 +130,8 @@ class SweepView:
             if ended and not self.console.is_terminal:
                 self.line(f"{row.label}  {row.line()}")
         elif event.kind == "failed":
-            row.state = "failed"
-            self.line(f"{row.label} failed: {event.value}")
+            row.state = "elsewhere" if event.value.type == "Held" else "failed"
+            self.line(f"{row.label}: {event.value}")
         elif event.kind == "started":
             row.state = "running"
         else:
@@ -160,7 +164,7 @@ class _Row:
     def __init__(self, config: RunConfig, seconds: float):
         self.label = label(config)
         self.steps = config.steps
-        self.epochs = len(epoch_ends(config.training_set_size, config.batch_size, config.steps))
+        self.epochs = config.epochs
         self.seconds = seconds  # of the whole run, as estimated
         self.state = "waiting"
         self.step = 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from degrade.config import RunConfig, epoch_ends
+from degrade.config import RunConfig
 from degrade.data import Images, Splits, load
 from degrade.data.plan import Batch, SamplePlan, augment, normalise
 from degrade.evaluate import evaluate
@@ -70,7 +70,6 @@ class Training:
             parameter_groups(self.net, config.weight_decay, config.decay), lr=config.lr, momentum=config.momentum
         )
         self.plan = SamplePlan(len(splits.train), config.batch_size, config.seed)
-        self.epoch_ends = epoch_ends(len(splits.train), config.batch_size, config.steps)
         self.step = 0
         self.epochs: list[Epoch] = []
         self.wrong = torch.zeros((), dtype=torch.int64, device=self.device)  # in this epoch's batches so far
@@ -83,7 +82,7 @@ class Training:
     def __iter__(self) -> Iterator[Epoch | None]:
         while not self.finished:
             self.update()
-            if self.step < self.epoch_ends[len(self.epochs)]:
+            if self.step < self.config.epoch_end(len(self.epochs) + 1):
                 yield None
             else:
                 self.epochs.append(self.end_epoch())
@@ -176,10 +175,15 @@ def parameter_groups(net: nn.Module, weight_decay: float, decay: str) -> list[di
     return [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
+def prepare_process(threads: int) -> None:
+    """Pin what changes the bits, process-wide. Call it before anything is computed: threads take it from there on."""
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(threads)
+
+
 def set_precision(precision: str) -> None:
-    """Process-wide: how GPUs that have TF32 multiply fp32 numbers, and deterministic convolutions."""
-    value = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = value
-    torch.backends.cudnn.conv.fp32_precision = value  # type: ignore[attr-defined]
+    """Process-wide: how GPUs that have TF32 convolve fp32 numbers, and deterministically so."""
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

@@ -1,12 +1,13 @@
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from degrade import store
-from degrade.cli import app
+from degrade.cli import main
 from degrade.config import PROTOCOLS, RunConfig
 from degrade.data import cifar10
 from degrade.log import Epoch, to_csv
@@ -24,9 +25,10 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cifar10_dir() -> Path:
-    folder = Path(os.environ.get("DEGRADE_DATA", "nowhere"))
-    if not (folder / cifar10.FOLDER).is_dir():
-        pytest.skip("genuine CIFAR-10 is not in DEGRADE_DATA")
+    if "DEGRADE_DATA" not in os.environ:
+        pytest.skip("DEGRADE_DATA, the folder with genuine CIFAR-10, is not set")
+    folder = Path(os.environ["DEGRADE_DATA"])
+    assert (folder / cifar10.FOLDER).is_dir(), f"DEGRADE_DATA is {folder}, where CIFAR-10 is not"
     return folder
 
 
@@ -36,15 +38,23 @@ def smoke(block: str = "plain", depth: int = 8, seed: int = 0, **fields: object)
     return RunConfig(block=block, depth=depth, seed=seed, **values)
 
 
+class Result(NamedTuple):
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture
-def cli() -> Callable[..., Result]:
-    """Run the command line in this process; fails the test if an exception gets out."""
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run the command line in this process, 80 columns wide; any exception but SystemExit fails the test."""
+    monkeypatch.setenv("COLUMNS", "80")
 
     def run(*arguments: object) -> Result:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
+        monkeypatch.setattr(sys, "argv", ["degrade", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return Result(exit_.value.code or 0, *capsys.readouterr())
 
     return run
 
@@ -53,7 +63,7 @@ def write_run(
     folder: Path, config: RunConfig, errors: list[tuple[float, float]], *, protocol: str = "smoke", loss: float = 1.0
 ) -> store.Run:
     """A run as a sweep leaves it, with these (train, test) errors an epoch; the last row is at the last step."""
-    study = store.Study(folder, protocol, config.shared())
+    study = store.Study(folder, folder.name, protocol, config.shared())
     study.create([config])
     rows = []
     for i, (train_error, test_error) in enumerate(errors, start=1):

@@ -8,12 +8,25 @@ from pathlib import Path
 
 import pytest
 from conftest import smoke, write_run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from degrade import store
 from degrade.cli import app
 from degrade.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
+
+
+WORDS = st.sampled_from(
+    [
+        *("sweep", "show", "plot", "verdict", "--help", "--version", "--json", "--csv", "--dry-run", "--retry-failed"),
+        *("--depths", "--blocks", "--seeds", "--dataset", "--protocol", "--study", "--device", "--jobs", "--threads"),
+        *("--steps", "--lr", "--width", "--milestones", "--val-images", "--batch-size", "--decay", "--formats"),
+        *("20", "8,14", "20,,56", "21", "0", "-1", "1e9", "nan", "plain", "residual", "shapes", "smoke", "cpu", "auto"),
+        *("", " ", ",", "\n", "\x1b[31m", "ü", "../x", "r/none", "r/new\nline", "[bold]", "--", "-", "9" * 40),
+    ]
+)
 
 
 def sweep_arguments(tmp_path, data_dir, *arguments):
@@ -34,20 +47,21 @@ def results(tmp_path):
 class TestSweep:
     def test_a_sweep_from_nothing_to_figures(self, cli, tmp_path, data_dir):
         result = cli(*sweep_arguments(tmp_path, data_dir, "--depths", "8,14", "--seeds", "0,1"))
-        assert result.exit_code == 0, result.output
-        assert "4 runs, 4 to train" in result.output
-        assert "About" in result.output
-        assert "plain-14-s1  epoch 3/3  step 24/24  train" in result.output
+        assert result.exit_code == 0, result.stdout
+        assert "4 runs, 4 to train" in result.stdout
+        assert "About" in result.stdout
+        assert "plain-14-s1  epoch 3/3  step 24/24  train" in result.stdout
         study = tmp_path / "shapes-smoke"
         assert {p.name for p in study.iterdir()} == {
             "study.json",
+            "lock",
             *(smoke(depth=d, seed=s).run_id for d in (8, 14) for s in (0, 1)),
         }
         assert cli("plot", tmp_path).exit_code == 0
         for name in ("training-error", "curves", "test-error", "gap"):
             for kind in ("png", "svg", "pdf"):
                 assert (study / "figures" / f"{name}.{kind}").stat().st_size > 1000
-        assert "14 v 8" in cli("verdict", tmp_path).output
+        assert "14 v 8" in cli("verdict", tmp_path).stdout
 
     def test_a_dry_run_prints_the_plan_and_writes_nothing(self, cli, tmp_path, data_dir):
         out = tmp_path / "out"
@@ -55,17 +69,17 @@ class TestSweep:
         before = sorted(out.rglob("*"))
         result = cli(*sweep_arguments(out, tmp_path / "data", "--depths", "8,14", "--dry-run"))
         assert result.exit_code == 0
-        lines = {line.split()[0]: line for line in result.output.splitlines() if line}
+        lines = {line.split()[0]: line for line in result.stdout.splitlines() if line}
         assert " done " in lines[smoke(depth=8).run_id]
         assert " new " in lines[smoke(depth=14).run_id]
-        assert "About" in result.output
+        assert "About" in result.stdout
         assert sorted(out.rglob("*")) == before
         assert not (tmp_path / "data").exists()
 
     def test_overrides_reach_the_configuration_and_the_studys_name(self, cli, tmp_path, data_dir):
         flags = ("--lr", "0.03", "--decay", "conv", "--val-images", "50", "--milestones", "3,9", "--steps", "10")
         result = cli(*sweep_arguments(tmp_path, data_dir, "--depths", "8", *flags))
-        assert result.exit_code == 0, result.output
+        assert result.exit_code == 0, result.stdout
         name = "shapes-smoke-decayconv-lr0.03-milestones3-9-steps10-valimages50"
         (config,) = (tmp_path / name).glob("*/config.json")
         values = json.loads(config.read_text())
@@ -79,8 +93,8 @@ class TestSweep:
             'depths = [8]\nblocks = ["plain"]\ndataset = "shapes"\nprotocol = "smoke"\nlr = 0.5\nwidth = 2\n'
         )
         result = cli("sweep", spec, "--lr", "0.25", "--seeds", "5", "--out", tmp_path / "r", "--dry-run")
-        assert result.exit_code == 0, result.output
-        assert smoke(seed=5, lr=0.25, width=2).run_id in result.output
+        assert result.exit_code == 0, result.stdout
+        assert smoke(seed=5, lr=0.25, width=2).run_id in result.stdout
 
     @pytest.mark.parametrize("hours", [1, 100])
     def test_defaults_are_cifar10_and_the_paper(self, cli, tmp_path, monkeypatch, hours):
@@ -91,10 +105,10 @@ class TestSweep:
         assert result.exit_code == 0
         for block in ("plain", "residual"):
             for depth in (20, 56):
-                assert RunConfig(block=block, depth=depth, seed=0).run_id in result.output
-        assert "cifar10-paper: 4 runs, 4 to train" in result.output
-        assert ("About 4.0 h on" if hours == 1 else "About 16.7 days on") in result.output
-        assert ("Too long? --protocol short takes about 12.5 h" in result.output) is (hours == 100)
+                assert RunConfig(block=block, depth=depth, seed=0).run_id in result.stdout
+        assert "cifar10-paper: 4 runs, 4 to train" in result.stdout
+        assert ("About 4.0 h on" if hours == 1 else "About 16.7 days on") in result.stdout
+        assert ("Too long? --protocol short takes about 12.5 h" in result.stdout) is (hours == 100)
 
     def test_another_protocol_in_one_study_is_refused_with_the_difference(self, cli, tmp_path, data_dir):
         write_run(tmp_path / "mine", smoke(), [])
@@ -109,7 +123,7 @@ class TestSweep:
         result = cli(*sweep_arguments(tmp_path, data_dir, "--depths", "8"))
         assert result.exit_code == 1
         assert "1 of 1 runs not done" in result.stderr
-        assert "failed" in result.output
+        assert "failed" in result.stdout
         result = cli(*sweep_arguments(tmp_path, data_dir, "--depths", "8", "--retry-failed"))
         assert result.exit_code == 0
         assert not (run.folder / store.ERROR).exists()
@@ -117,7 +131,7 @@ class TestSweep:
     def test_a_diverged_run_ends_with_exit_code_1(self, cli, tmp_path, data_dir):
         result = cli(*sweep_arguments(tmp_path, data_dir, "--depths", "8,14", "--lr", "1e30"))
         assert result.exit_code == 1
-        assert "plain-8-s0 diverged" in result.output
+        assert "plain-8-s0 diverged" in result.stdout
         assert "2 of 2 runs not done" in result.stderr
 
     def test_a_full_disk_is_one_line(self, cli, tmp_path, data_dir, monkeypatch):
@@ -163,13 +177,22 @@ class TestBadInput:
             (["--depths", "20", "--dataset", "imagenet"], "dataset must be one of cifar10, shapes; got 'imagenet'"),
             (["--depths", "20", "--protocol", "fast"], "protocol must be one of paper, short, demo, smoke; got 'fast'"),
             (["--depths", "20", "--lr", "nan"], "lr must be a finite number of at least 0; got nan"),
-            (["--depths", "20", "--jobs", "0"], "jobs must be at least 1; got 0"),
+            (["--depths", "20", "--jobs", "0"], "jobs must be from 1 to 1024; got 0"),
             (["--depths", "20", "--jobs", "-1"], "--jobs must be auto or a whole number of at least 1; got '-1'"),
             (["--depths", "20", "--threads", "all"], "--threads must be auto or a whole number"),
             (["--depths", "20", "--device", "cuda:7"], "device must be auto or one that is there"),
             (["--depths", "20", "--study", "../up"], "a study's name must be up to 100 of"),
             (["--depths", "20", "--train-images", "60000"], "train_images + val_images must be at most the 50000"),
             (["nowhere.toml"], "nowhere.toml is not a file"),
+            (["new\nline.toml"], "new\\nline.toml is not a file"),
+            (["--depths", "20", "--steps", "ten"], "must be a whole number; got 'ten'"),
+            (["--depths", "20", "--lr", "fast"], "must be a number; got 'fast'"),
+            (["--depths", "20", "--batch-size", "1000000000000"], "batch_size must be at most 65,536"),
+            (["--depths", "20", "--steps", "1000000000000"], "steps must be at most 1,000,000,000"),
+            (["--depths", "20", "--jobs", "999999999"], "jobs must be from 1 to 1024; got 999999999"),
+            (["--depths", "20", "--precision", "tf32", "--device", "cpu"], "precision tf32 needs a GPU that has it"),
+            (["--depth", "20"], "No such option"),
+            (["--depths"], "requires an argument"),
         ],
     )
     def test_sweep(self, cli, tmp_path, arguments, message):
@@ -177,8 +200,17 @@ class TestBadInput:
         assert result.exit_code == 2
         assert message in result.stderr
         assert result.stderr.count("\n") == 1
-        assert "Traceback" not in result.output
         assert not (tmp_path / "r").exists()
+
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(WORDS, max_size=8))
+    def test_any_command_line_ends_in_0_1_or_2_with_one_line_and_writes_nothing(self, cli, tmp_path, words):
+        """1 is for what is outside the command line: a folder that holds another program's file, say."""
+        before = sorted(tmp_path.rglob("*"))
+        result = cli(*(str(tmp_path / word) if word.startswith("r/") else word for word in words))
+        assert result.exit_code in (0, 2), result
+        assert result.stderr.count("\n") == (1 if result.exit_code else 0), result.stderr
+        assert sorted(tmp_path.rglob("*")) == before
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -271,7 +303,7 @@ class TestShow:
 
     def test_table(self, cli, results):
         (write_run(results / "s", smoke(seed=9), []).folder / store.ERROR).write_text("ValueError: [why]\n")
-        output = cli("show", results).output
+        output = cli("show", results).stdout
         assert "50.00 %" in output
         assert f"{smoke(seed=9).run_id}: ValueError: [why]" in output
 
@@ -289,14 +321,14 @@ class TestVerdict:
 
     def test_text(self, cli, results):
         write_run(results / "s", smoke(seed=9), [])
-        output = cli("verdict", results).output
+        output = cli("verdict", results).stdout
         assert "plain-14 v plain-8: +20.00 points" in output
         assert "degrades, early in training (24 of the paper's 64,000 steps)" in output
         assert f"left out: {smoke(seed=9).run_id} (missing)" in output
 
     def test_nothing_to_compare(self, cli, tmp_path):
         write_run(tmp_path / "s", smoke(), [(0.5, 0.5)])
-        assert "nothing to compare" in cli("verdict", tmp_path).output
+        assert "nothing to compare" in cli("verdict", tmp_path).stdout
 
 
 def test_plot_writes_to_a_folder_of_choice(cli, results, tmp_path):
@@ -342,15 +374,14 @@ def test_torch_is_not_imported_to_read_results_or_print_help(results, arguments)
     subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_the_source_folder_runs_without_being_installed(tmp_path):
+def test_the_source_folder_runs_without_installed_metadata():
     script = (
-        "import importlib.metadata as m, sys\n"
-        "assert not [d for d in m.distributions(path=[sys.argv[1]])]\n"
-        "import runpy; sys.argv = ['degrade', '--version']; runpy.run_module('degrade', run_name='__main__')\n"
+        "import importlib.metadata as m, runpy, sys\n"
+        "def none(name): raise m.PackageNotFoundError(name)\n"
+        "m.distribution = m.version = m.metadata = none\n"
+        "sys.argv = ['degrade', '--version']; runpy.run_module('degrade', run_name='__main__')\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", script, str(ROOT / "degrade")], cwd=ROOT, capture_output=True, text=True
-    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.startswith("degrade 0."), result.stderr
 
 
@@ -363,6 +394,6 @@ def test_every_experiment_is_a_valid_sweep_with_its_header(cli, spec, tmp_path):
     values = tomllib.loads(spec.read_text())
     small = ("--width", "2", "--batch-size", "4", "--device", "cpu")
     result = cli("sweep", spec, "--out", tmp_path, "--dry-run", *small)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stdout
     count = len(values["depths"]) * len(values["blocks"]) * len(values["seeds"])
-    assert f"{count} runs, {count} to train" in result.output.replace("\n", "")
+    assert f"{count} runs, {count} to train" in result.stdout.replace("\n", "")

@@ -2,13 +2,23 @@ import errno
 import multiprocessing
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
 
 import pytest
 
-from degrade.commit import Held, hold, holder, make_folder, read_checkpoint, write_checkpoint, write_file
+from degrade.commit import (
+    Held,
+    clear_leavings,
+    hold,
+    holder,
+    make_folder,
+    read_checkpoint,
+    write_checkpoint,
+    write_file,
+)
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -41,7 +51,7 @@ def test_data_are_synced_before_they_are_named_and_the_folder_after(tmp_path, mo
     calls = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(
-        os, "fsync", lambda fd: (calls.append("folder" if os.path.isdir(f"/proc/self/fd/{fd}") else "file"), fsync(fd))
+        os, "fsync", lambda fd: (calls.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"), fsync(fd))
     )
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
     write_file(tmp_path / "x", b"data")
@@ -70,10 +80,25 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_taken(tmp_path):
     assert read_checkpoint(tmp_path / "nothing") == (None, [])
 
 
-def test_leavings_of_a_killed_process_are_swept_up(tmp_path):
+def test_a_checkpoint_written_after_damage_is_the_newest_and_stays(tmp_path):
+    for step in (12, 16):
+        write_checkpoint(tmp_path, step, b"state %d" % step)
+    max(tmp_path.iterdir()).write_bytes(b"damaged")
+    assert read_checkpoint(tmp_path)[0] == b"state 12"
+    write_checkpoint(tmp_path, 13, b"state 13")
+    assert read_checkpoint(tmp_path) == (b"state 13", [])
+    assert len(list(tmp_path.iterdir())) == 2  # 12 is still there to fall back on
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"damaged")
+    write_checkpoint(tmp_path, 5, b"state 5")  # started anew
+    assert read_checkpoint(tmp_path) == (b"state 5", [])
+
+
+def test_leavings_of_a_killed_process_are_cleared(tmp_path):
     (tmp_path / ".000000001-abc.x.partial").write_bytes(b"half")
-    write_checkpoint(tmp_path, 5, b"state")
-    assert [path.suffix for path in tmp_path.iterdir()] == [".pt"]
+    (tmp_path / "log.csv").write_bytes(b"whole")
+    clear_leavings(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
 
 
 def hold_for_ever(path):

@@ -7,7 +7,6 @@ from degrade.config import (
     PROTOCOLS,
     RunConfig,
     blocks_per_stage,
-    epoch_ends,
     matches_protocol,
     protocol_fields,
     study_name,
@@ -166,11 +165,38 @@ def test_study_names():
     assert study_name("cifar10", "paper", {"milestones": [1, 2]}) == "cifar10-paper-milestones1-2"
 
 
+def ends(images, batch_size, steps):
+    config = RunConfig(block="plain", depth=20, seed=0, train_images=images, batch_size=batch_size, steps=steps)
+    return [config.epoch_end(epoch) for epoch in range(1, config.epochs + 1)]
+
+
 def test_epochs_count_steps_not_rounds():
-    ends = epoch_ends(50_000, 128, 64_000)
-    assert ends[:3] == [391, 782, 1172]  # ceil(e * 390.625)
-    assert len(ends) == 164  # the paper's 64k steps, the last epoch partial
-    assert ends[-1] == 64_000
-    assert len(epoch_ends(45_000, 128, 64_000)) == 183
-    assert epoch_ends(10, 32, 3) == [1, 2, 3]  # a batch larger than the training set
-    assert epoch_ends(100, 10, 5) == [5]
+    paper = ends(50_000, 128, 64_000)
+    assert paper[:3] == [391, 782, 1172]  # ceil(e * 390.625)
+    assert len(paper) == 164  # the paper's 64k steps, the last epoch partial
+    assert paper[-1] == 64_000
+    assert len(ends(45_000, 128, 64_000)) == 183
+    assert ends(10, 32, 3) == [1, 2, 3]  # a batch larger than the training set
+    assert ends(100, 10, 5) == [5]
+
+
+@pytest.mark.parametrize(("images", "batch_size"), [(50, 8), (8, 8), (7, 8), (1, 3), (64, 8), (100, 7)])
+@pytest.mark.parametrize("steps", [1, 2, 13, 40])
+def test_epochs_end_in_rising_steps_and_the_last_with_the_run(images, batch_size, steps):
+    found = ends(images, batch_size, steps)
+    assert found == sorted(set(found))
+    assert found[-1] == steps
+    assert all(step < steps for step in found[:-1])
+
+
+@pytest.mark.parametrize(("steps", "milestones"), [(1, ()), (2, (1,)), (3, (1, 2)), (4, (2, 3))])
+def test_the_shortest_runs_have_milestones_too(steps, milestones):
+    fields = protocol_fields("paper", {"steps": steps})
+    assert fields["milestones"] == milestones
+    RunConfig(block="plain", depth=20, seed=0, **fields)
+
+
+@pytest.mark.parametrize(("name", "value"), [("steps", 10**9 + 1), ("batch_size", 2**16 + 1), ("width", 1025)])
+def test_limits(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be at most [0-9,]+; got {value}"):
+        RunConfig(block="plain", depth=20, seed=0, **{name: value})

@@ -93,6 +93,27 @@ def test_diverged_runs_stand_at_chance(tmp_path):
     np.testing.assert_allclose(drawn["plain"].get_ydata(), [0.5, 0.9])
 
 
+def test_a_diverged_seed_stays_in_the_curves_at_chance(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / "s", smoke(seed=seed), [(0.8, 0.8), (0.4, 0.4), (0.2, 0.2)])
+    run = write_run(tmp_path / "s", smoke(seed=2), [(0.8, 0.8), (0.6, 0.6), (0.6, 0.6)])
+    log = run.folder / "log.csv"
+    rows = log.read_text().splitlines(keepends=True)[:3]
+    log.write_text("".join(rows[:2]) + rows[2].replace("1.0", "nan"))
+    curve = lines(plots.figures(degrade.load(tmp_path))["curves"])["plain-8"]
+    np.testing.assert_allclose(curve.get_xydata(), [[8, 0.8], [16, (0.4 + 0.4 + 0.9) / 3], [24, (0.2 + 0.2 + 0.9) / 3]])
+
+
+def test_a_run_under_way_does_not_bend_the_mean_of_the_finished(tmp_path):
+    write_run(tmp_path / "s", smoke(), [(0.8, 0.8), (0.4, 0.4)])
+    run = write_run(tmp_path / "s", smoke(seed=1), [(0.2, 0.2), (0.2, 0.2)])
+    log = run.folder / "log.csv"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    figure = plots.figures(degrade.load(tmp_path))["curves"]
+    np.testing.assert_allclose(lines(figure)["plain-8"].get_ydata(), [0.8, 0.4])
+    assert "1 seed" in texts(figure)
+
+
 def test_one_block_alone_and_unfinished_runs(tmp_path):
     run = write_run(tmp_path / "s", smoke("residual", 8), [(0.5, 0.5), (0.4, 0.4)])
     log = run.folder / "log.csv"

@@ -99,7 +99,7 @@ def test_load_gives_a_row_an_epoch(tmp_path):
     write_run(tmp_path / "a", smoke("residual"), [(0.5, 0.4)])
     write_run(tmp_path / "deep" / "b", smoke(lr=0.1), [(0.3, 0.2)])
     epochs = degrade.load(tmp_path)
-    assert list(epochs.groupby("study").size().items()) == [("a", 3), ("b", 1)]
+    assert list(epochs.groupby("study").size().items()) == [("a", 3), ("deep/b", 1)]
     first = epochs[epochs["id"] == smoke().run_id]
     assert first["train_error"].tolist() == [0.9, 0.7]
     assert first["test_error"].tolist() == [0.8, 0.6]

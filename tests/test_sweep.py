@@ -51,7 +51,7 @@ def task(run, data_dir, commit_seconds=0.0):
 
 
 def new_run(folder, config):
-    study = Study(folder, "smoke", config.shared())
+    study = Study(folder, folder.name, "smoke", config.shared())
     study.create([config])
     return store.Run.open(study.name, folder / config.run_id)
 
@@ -68,18 +68,27 @@ class TestResume:
         subprocess.run(command(data_dir, tmp_path, *arguments), check=True, stdout=subprocess.DEVNULL)
         assert digests(tmp_path) == digests(reference)
 
-    @pytest.mark.parametrize("kills", [3, pytest.param(SOAK, marks=pytest.mark.soak)])
+    @pytest.mark.parametrize("kills", [4, pytest.param(SOAK, marks=pytest.mark.soak)])
     def test_killed_over_and_over_it_ends_with_the_same_bytes(self, reference, data_dir, tmp_path, kills):
+        """SIGKILL after a seeded number of commits, in the middle of runs; its workers end by themselves."""
         rng = random.Random(kills)
+        resumed = 0
         for _ in range(kills):
-            process = subprocess.Popen(command(data_dir, tmp_path), stdout=subprocess.DEVNULL)
-            time.sleep(rng.uniform(2, 9))
-            process.send_signal(signal.SIGKILL)
+            process = subprocess.Popen(
+                [sys.executable, __file__, data_dir, tmp_path], stdout=subprocess.PIPE, text=True
+            )
+            for _ in range(rng.randint(1, 15)):
+                first, step = map(int, process.stdout.readline().split() or [0, 0])
+                resumed += first and 0 < step < 24
+            time.sleep(rng.uniform(0, 0.05))
+            process.kill()
             process.wait()
-            deadline = time.monotonic() + 5  # its workers end by themselves
+            process.stdout.close()
+            deadline = time.monotonic() + 5
             while any_running(tmp_path) and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert not any_running(tmp_path)
+        assert resumed
         subprocess.run(command(data_dir, tmp_path), check=True, stdout=subprocess.DEVNULL)
         assert digests(tmp_path) == digests(reference)
 
@@ -102,7 +111,7 @@ class TestResume:
         newest = max((run.folder / store.CHECKPOINTS).iterdir())
         newest.write_bytes(newest.read_bytes()[:-100])
         first, *_ = train_run(task(run, data_dir))
-        assert first.note == f"{run.folder.name}: {newest.name} is damaged, going on from the one before"
+        assert first.note == f"{run.folder.name}: {newest.name} damaged, going on from the one before"
         assert first.step < 16
         assert digests(tmp_path)[run.folder.name] == digests(reference)[run.folder.name]
 
@@ -166,7 +175,7 @@ class TestTroubledRuns:
         end_epoch = Training.end_epoch
         monkeypatch.setattr(Training, "end_epoch", broken)
         configs = [smoke(), smoke("residual")]
-        study = Study(tmp_path / "s", "smoke", configs[0].shared())
+        study = Study(tmp_path / "s", "s", "smoke", configs[0].shared())
         ends = self.events(study, configs, data_dir)
         plain, residual = (ends[config.run_id] for config in configs)
         assert str(plain.value) == "RuntimeError: the net is on fire"
@@ -185,7 +194,7 @@ class TestTroubledRuns:
             raise OSError(28, "No space left on device")
 
         config = smoke(depth=14)
-        study = Study(tmp_path / "shapes-smoke", "smoke", config.shared())
+        study = Study(tmp_path / "shapes-smoke", "shapes-smoke", "smoke", config.shared())
         study.create([config])
         monkeypatch.setattr(commit, "write_checkpoint", full)
         (event,) = self.events(study, [config], data_dir).values()
@@ -199,7 +208,7 @@ class TestTroubledRuns:
 
     def test_a_diverged_run_is_a_visible_row(self, data_dir, tmp_path):
         config = smoke(lr=1e30)
-        study = Study(tmp_path / "s", "smoke", config.shared())
+        study = Study(tmp_path / "s", "s", "smoke", config.shared())
         (event,) = self.events(study, [config], data_dir).values()
         assert event.kind == "done"
         (run,) = Study.open(tmp_path / "s").runs
@@ -240,7 +249,7 @@ def test_the_clock_is_in_timing_csv_alone(reference):
 
 def test_the_longest_runs_come_first(tmp_path):
     configs = [smoke(depth=depth, seed=seed) for seed in (0, 1) for depth in (8, 20, 14)]
-    runs = find_runs(Study(tmp_path, "smoke", configs[0].shared()), configs)
+    runs = find_runs(Study(tmp_path, "s", "smoke", configs[0].shared()), configs)
     assert [run.config.depth for run in runs] == [20, 20, 14, 14, 8, 8]
 
 
@@ -257,7 +266,7 @@ class TestMachine:
             ((None, None), 1, (1, 4)),
             ((None, 2), 12, (2, 2)),
             ((3, None), 12, (3, 1)),
-            ((8, 8), 1, (8, 8)),
+            ((8, 8), 1, (1, 8)),
         ],
     )
     def test_auto_shares_out_the_cores(self, asked, runs, got):
@@ -266,10 +275,21 @@ class TestMachine:
 
     @pytest.mark.parametrize(("jobs", "threads", "name"), [(0, None, "jobs"), (None, 0, "threads")])
     def test_none_is_refused(self, jobs, threads, name):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
+        with pytest.raises(ValueError, match=f"{name} must be from 1 to 1024; got 0"):
             resolve_machine("cpu", jobs, threads, 1)
 
     @pytest.mark.parametrize("device", ["gpu", "cuda:99", "", "cpu:1", "xla"])
     def test_a_device_that_is_not_there(self, device):
         with pytest.raises(ValueError, match="device must be auto or one that is there: cpu"):
             resolve_device(device)
+
+
+if __name__ == "__main__":  # of the test that kills: the reference sweep, committing after every step
+    configs = [smoke(block, depth) for block in ("plain", "residual") for depth in (8, 14)]
+    study = Study(Path(sys.argv[2]) / "shapes-smoke", "shapes-smoke", "smoke", configs[0].shared())
+    begun = set()
+    todo = [run for run in find_runs(study, configs) if run.status != "done"]
+    for run, event in sweep(study, todo, Machine("cpu", 2, 1), Path(sys.argv[1]), commit_seconds=0):
+        if event.kind == "value":
+            print(int(run.folder not in begun), event.value.step, flush=True)
+            begun.add(run.folder)

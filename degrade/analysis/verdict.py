@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MARGIN = 0.005  # a rise of at most half a percentage point does not count as degradation
 CONFIDENCE = 0.95
+FINISHED = ("done", "diverged")  # the runs that count
 CONTRAST = "plain-residual"
 
 
@@ -107,11 +108,16 @@ def decide(low: float | None, high: float | None) -> str:
     return "degrades" if low > 0 else "does not degrade" if high <= MARGIN else "undecided"
 
 
+def chance_error(dataset: str) -> float:
+    """The error of guessing: 1 - 1 / classes."""
+    return 1 - 1 / DATASETS[dataset].num_classes
+
+
 def final_epochs(epochs: "pd.DataFrame") -> "pd.DataFrame":
     """The last row of each run; the errors of a diverged run are set to chance."""
     last = epochs.sort_values("epoch").groupby(["study", "id"], sort=False).tail(1).copy()
     diverged = last["status"] == "diverged"
-    chance = last["dataset"].map(lambda name: 1 - 1 / DATASETS[name].num_classes)
+    chance = last["dataset"].map(chance_error)
     for column in ("train_error", "test_error"):
         last[column] = last[column].mask(diverged, chance)
     return last
@@ -125,7 +131,7 @@ def verdicts(epochs: "pd.DataFrame") -> list[Verdict]:
     """
     results = []
     final = final_epochs(epochs)
-    for _, runs in final[final["status"].isin(["done", "diverged"])].groupby("study", sort=True):
+    for _, runs in final[final["status"].isin(FINISHED)].groupby("study", sort=True):
         depths = {block: sorted(set(runs.loc[runs["block"] == block, "depth"])) for block in BLOCKS}
         for block in BLOCKS:
             results += [_compare(runs, (block,), depths[block][0], deep) for deep in depths[block][1:]]

@@ -66,8 +66,10 @@ def _run(function: Function, index: int, item: Any) -> Iterator[Event]:
         for value in function(item):
             yield Event(index, "value", value)
     except Exception as error:  # handed on whole: to the caller here, through the pipe elsewhere
-        message = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        yield Event(index, "failed", Error(type(error).__name__, message, traceback.format_exc()))
+        name, message = type(error).__name__, str(error)
+        if isinstance(error, OSError) and error.strerror:
+            name, message = "OSError", ": ".join(filter(None, (str(error.filename or ""), error.strerror)))
+        yield Event(index, "failed", Error(name, message, traceback.format_exc()))
     else:
         yield Event(index, "done")
 

@@ -1,0 +1,161 @@
+import io
+
+import pytest
+from conftest import smoke, write_run
+from rich.console import Console
+
+from degrade import bench
+from degrade.execute import Error, Event
+from degrade.log import Epoch
+from degrade.sweep import Machine, Progress
+from degrade.terminal import SweepView, duration, percent, plan_table, runs_table
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (45, "45 s"),
+        (99, "99 s"),
+        (100, "2 min"),
+        (3600, "60 min"),
+        (3 * 3600, "3.0 h"),
+        (86400 * 3, "3.0 days"),
+    ],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_percent():
+    assert percent(0.12345) == "12.35 %"
+    assert percent(None) == "-"
+
+
+def epoch(number, step, train=0.5, loss=1.0):
+    return Epoch(number, step, 0.1, loss, train, 0.6, 1.0, 0.75)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [write_run(tmp_path / "s", smoke(block, 8, seed), []) for seed in (0, 1) for block in ("plain", "residual")]
+
+
+def view(runs, console):
+    return SweepView(console, runs, {run.config.run_id: 60.0 for run in runs}, jobs=2)
+
+
+def scripted(runs):
+    """Four runs: one from the start, one resumed, one that fails, one that diverges."""
+    done, resumed, failed, diverged = runs
+    yield done, Event(0, "started")
+    yield done, Event(0, "value", Progress(0, None))
+    yield resumed, Event(1, "started")
+    yield resumed, Event(1, "value", Progress(16, epoch(2, 16), "checkpoint x damaged, going on from the one before"))
+    yield done, Event(0, "value", Progress(8, epoch(1, 8)))
+    yield done, Event(0, "value", Progress(24, epoch(3, 24, 0.25)))
+    yield done, Event(0, "done")
+    yield failed, Event(2, "started")
+    yield failed, Event(2, "failed", Error("ValueError", "why", ""))
+    yield diverged, Event(3, "value", Progress(8, epoch(1, 8, 0.9, float("nan"))))
+    yield diverged, Event(3, "done")
+
+
+def test_plain_lines_where_there_is_no_terminal(runs):
+    console = Console(file=io.StringIO(), width=80)
+    with view(runs, console) as shown:
+        for run, event in scripted(runs):
+            shown.show(run, event)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == "checkpoint x damaged, going on from the one before"
+    assert lines[1].startswith("plain-8-s0  epoch 1/3  step 8/24  train 50.00 %  test 75.00 %  ")
+    assert lines[1].endswith(" left")
+    assert lines[2] == "plain-8-s0  epoch 3/3  step 24/24  train 25.00 %  test 75.00 %  done"
+    assert lines[3:] == ["plain-8-s1: ValueError: why", "residual-8-s1 diverged: its training loss is nan"]
+
+
+def test_the_live_table(runs):
+    console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True, color_system=None)
+    shown = view(runs, console)
+    for run, event in list(scripted(runs))[:5]:
+        shown.show(run, event)
+    text = Console(file=io.StringIO(), width=80)
+    text.print(shown._render())
+    header, first, second, third, _, total = text.file.getvalue().splitlines()
+    assert header.split() == ["run", "status", "epoch", "progress", "train", "test", "left"]
+    assert first.split()[:3] == ["plain-8-s0", "running", "1/3"]
+    assert "50.00 %" in first
+    assert "75.00 %" in first
+    assert "━" in first
+    assert second.split()[:3] == ["residual-8-s0", "running", "2/3"]
+    assert second.split()[-2:] == ["20", "s"]  # a third of the 60 seconds that were estimated
+    assert third.split()[:3] == ["plain-8-s1", "waiting", "0/3"]
+    assert total.startswith("0 of 4 runs ended, about ")
+    assert all(len(line) <= 80 for line in text.file.getvalue().splitlines())
+
+
+def test_more_runs_than_lines_shows_those_under_way(tmp_path):
+    runs = [write_run(tmp_path / "s", smoke(seed=seed), []) for seed in range(30)]
+    console = Console(file=io.StringIO(), width=80, height=12, force_terminal=True)
+    shown = view(runs, console)
+    shown.show(runs[25], Event(25, "started"))
+    text = Console(file=io.StringIO(), width=80)
+    text.print(shown._render())
+    assert "plain-8-s25" in text.file.getvalue()
+    assert len(text.file.getvalue().splitlines()) <= 11
+
+
+def test_the_plan_says_what_becomes_of_each_run(tmp_path):
+    from degrade import commit, store
+
+    missing, done, failed, interrupted, running = (
+        write_run(tmp_path / "s", smoke(seed=seed), [(0.5, 0.5)] if seed == 1 else []) for seed in range(5)
+    )
+    (failed.folder / store.ERROR).touch()
+    commit.write_checkpoint(interrupted.folder / store.CHECKPOINTS, 5, b"state")
+    console = Console(file=io.StringIO(), width=100)
+    with commit.hold(running.folder / store.LOCK):
+        seconds = {run.config.run_id: 60.0 for run in (missing, interrupted)}
+        console.print(plan_table([missing, done, failed, interrupted, running], seconds))
+        console.print(runs_table([missing, done]))
+    lines = console.file.getvalue().splitlines()
+    plans = [" ".join(line.split()[4:]) for line in lines[1:6]]
+    assert plans[:4] == ["new 60 s", "done -", "failed -", "resumed 60 s"]
+    assert plans[4].startswith("running, process ")
+    assert lines[-1].split() == [done.folder.name, "done", "1", "24", "50.00", "%", "50.00", "%"]
+
+
+class TestEstimate:
+    @pytest.fixture(autouse=True)
+    def measured(self, monkeypatch):
+        """One millisecond a layer and update, a tenth of it a layer and image."""
+        self.timed = []
+
+        def measure(config, *_):
+            self.timed.append(config)
+            return bench.Speed(0.001 * config.depth, 0.0001 * config.depth)
+
+        monkeypatch.setattr(bench, "measure", measure)
+
+    def test_a_straight_line_in_depth(self):
+        configs = [smoke(depth=depth) for depth in (8, 20, 56)]
+        seconds = bench.estimate(configs, Machine("cpu", 1, 1))
+        for config in configs:
+            expected = config.depth * (24 * 0.001 + 3 * (256 + 128) * 0.0001)  # 3 epochs of 256 + 128 images
+            assert seconds[config.run_id] == pytest.approx(expected)
+
+    def test_large_batches_are_timed_in_part(self):
+        config = smoke(width=64, batch_size=2048)
+        seconds = bench.estimate([config], Machine("cpu", 1, 1))
+        assert {timed.batch_size for timed in self.timed} == {256}
+        assert seconds[config.run_id] == pytest.approx(8 * (24 * 0.001 * 8 + 24 * 384 * 0.0001))
+
+
+@pytest.mark.parametrize(("jobs", "wall"), [(1, 10), (2, 5), (3, 4), (9, 4)])
+def test_makespan(jobs, wall):
+    assert bench.makespan([4, 3, 2, 1], jobs) == wall
+
+
+def test_measuring_measures():
+    speed = bench.measure(smoke(), "cpu", 1, repeats=1)
+    assert 0 < speed.image < speed.step < 10
