@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from degrade import __version__, store, terminal
-from degrade.config import BLOCKS, PROTOCOLS, RunConfig, protocol_fields, study_name
+from degrade import __version__, paper, store, terminal
+from degrade.config import BLOCKS, PROTOCOLS, RunConfig, overridden, protocol_fields, study_name
 from degrade.errors import Failure
 
 if TYPE_CHECKING:
@@ -103,9 +103,11 @@ def root(
 
 @app.command()
 def sweep(
-    spec: Annotated[Path | None, typer.Argument(help="A TOML file with any of these settings; flags win.")] = None,
+    spec: Annotated[
+        Path | None, typer.Argument(help="A TOML file with depths, blocks, ... and fields; flags win.")
+    ] = None,
     depths: Annotated[str | None, typer.Option(help="6n+2, such as 20,32,44,56,110.")] = None,
-    blocks: Annotated[str | None, typer.Option(help="plain, residual or both.", show_default="plain,residual")] = None,
+    blocks: Annotated[str | None, typer.Option(help="plain, residual.", show_default="plain,residual")] = None,
     seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2.", show_default="0")] = None,
     dataset: Annotated[str | None, typer.Option(help="cifar10 or shapes.", show_default="cifar10")] = None,
     protocol: Annotated[
@@ -122,39 +124,23 @@ def sweep(
     threads: Annotated[str, typer.Option(help="CPU threads a run; auto: the cores shared out.")] = "auto",
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Resume failed runs too.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
-    steps: Annotated[
-        int | None, typer.Option(help="Updates; milestones move to half and 3/4.", rich_help_panel=FIELDS)
-    ] = None,
+    steps: Annotated[int | None, _field(_whole, "Updates; milestones move to half and 3/4.")] = None,
     batch_size: Annotated[int | None, _field(_whole, "Images an update.")] = None,
     lr: Annotated[float | None, _field(_real, "Learning rate.")] = None,
-    milestones: Annotated[
-        str | None, typer.Option(help="Steps at which lr is divided by 10.", rich_help_panel=FIELDS)
-    ] = None,
-    warmup_depth: Annotated[
-        int | None, typer.Option(help="Nets at least this deep warm up.", rich_help_panel=FIELDS)
-    ] = None,
-    warmup_lr: Annotated[
-        float | None, typer.Option(help="Learning rate while warming up.", rich_help_panel=FIELDS)
-    ] = None,
+    milestones: Annotated[str | None, _field(str, "Steps at which lr is divided by 10.")] = None,
+    warmup_depth: Annotated[int | None, _field(_whole, "Nets at least this deep warm up.")] = None,
+    warmup_lr: Annotated[float | None, _field(_real, "Learning rate while warming up.")] = None,
     warmup_steps: Annotated[int | None, _field(_whole, "Updates of the warm-up.")] = None,
     momentum: Annotated[float | None, _field(_real, "Of SGD.")] = None,
     weight_decay: Annotated[float | None, _field(_real, "Of SGD.")] = None,
-    decay: Annotated[
-        str | None, typer.Option(help="Weight decay on all parameters, or conv: not on BN.", rich_help_panel=FIELDS)
-    ] = None,
+    decay: Annotated[str | None, _field(str, "Weight decay on all parameters, or conv: not on BN.")] = None,
     width: Annotated[int | None, _field(_whole, "Channels of the first stage.")] = None,
-    shortcut: Annotated[
-        str | None, typer.Option(help="A (zero padding), B or C (projections).", rich_help_panel=FIELDS)
-    ] = None,
+    shortcut: Annotated[str | None, _field(str, "A (zero padding), B or C (projections).")] = None,
     train_images: Annotated[int | None, _field(_whole, "Train on this many images.")] = None,
-    val_images: Annotated[
-        int | None, typer.Option(help="Hold this many training images out.", rich_help_panel=FIELDS)
-    ] = None,
+    val_images: Annotated[int | None, _field(_whole, "Hold this many training images out.")] = None,
     test_images: Annotated[int | None, _field(_whole, "Test on this many images.")] = None,
     split_seed: Annotated[int | None, _field(_whole, "Which images those are.")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="fp32 or tf32.", show_default="tf32 on GPUs that have it", rich_help_panel=FIELDS)
-    ] = None,
+    precision: Annotated[str | None, _field(str, "fp32 or tf32.", show_default="tf32 on GPUs that have it")] = None,
 ) -> None:
     """Train a grid of nets: every depth, block and seed. The same command again goes on where it stopped.
 
@@ -198,7 +184,8 @@ def sweep(
     from degrade import sweep as engine
 
     device = engine.resolve_device(device)
-    folder = _study_folder(out, study or study_name(dataset, protocol, wanted))
+    name = study if study is not None else study_name(dataset, protocol, overridden(protocol, wanted))
+    folder = _study_folder(out, name)
     there = store.Study.open(folder) if (folder / store.STUDY).exists() else None
     wanted.setdefault("precision", there.shared["precision"] if there else engine.default_precision(device))
     if wanted["precision"] == "tf32" and not engine.has_tf32(device):
@@ -221,10 +208,12 @@ def sweep(
         _train(chosen, todo, machine, data_dir, seconds)
     runs = engine.find_runs(chosen, configs)
     console.print(terminal.runs_table(runs))
+    if any(run.epochs for run in runs):
+        _say(f"Next: degrade plot {folder}; degrade verdict {folder}")
     if unfinished := [run.status for run in runs if run.status != "done"]:
+        states = ", ".join(sorted(set(unfinished)))
         retry = "; --retry-failed tries the failed ones again" if "failed" in unfinished else ""
-        _exit(f"{len(unfinished)} of {len(runs)} runs not done ({', '.join(sorted(set(unfinished)))}){retry}", 1)
-    _say(f"Next: degrade plot {folder}; degrade verdict {folder}")
+        _exit(f"{len(unfinished)} of {_count(len(runs), 'run')} not done ({states}){retry}", 1)
 
 
 def _print_plan(folder: Path, runs: Sequence[store.Run], seconds: dict[str, float], machine: "Machine") -> None:
@@ -236,7 +225,7 @@ def _print_plan(folder: Path, runs: Sequence[store.Run], seconds: dict[str, floa
         for run in runs
         if run.config.run_id in seconds
     }
-    _say(f"Study {folder}: {len(runs)} runs, {len(left)} to train")
+    _say(f"Study {folder}: {_count(len(runs), 'run')}, {len(left)} to train")
     console.print(terminal.plan_table(runs, left))
     if not left:
         return
@@ -278,9 +267,8 @@ def _train(
             for run, event in events(study, todo, machine, folder):
                 view.show(run, event)
     except (KeyboardInterrupt, Terminated) as stop:
-        _exit(
-            "stopped; the same command goes on from the last checkpoints", 143 if isinstance(stop, Terminated) else 130
-        )
+        code = 143 if isinstance(stop, Terminated) else 130
+        _exit("stopped; the same command goes on from the last checkpoints, at most 10 s back", code)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -295,6 +283,8 @@ def show(
 
     Example: degrade show results/
     """
+    if as_json and as_csv:
+        raise ValueError("--csv and --json exclude each other")
     studies = store.find_studies(results)
     if as_json or as_csv:
         records = [run.record() for study in studies for run in study.runs]
@@ -346,7 +336,10 @@ def verdict(
     results: Results = Path("results"),
     as_json: Annotated[bool, typer.Option("--json", help="As a list of objects.")] = False,
 ) -> None:
-    """Say whether training error rises with depth, per block, with 95 % intervals over seeds.
+    """Say whether final training error rises with depth, per block, with Welch's 95 % intervals over seeds.
+
+    A deeper net degrades if its whole interval lies above 0, and does not degrade if it ends at most half a point
+    above; otherwise, and with one seed, it is undecided.
 
     Example: degrade verdict results/
     """
@@ -356,7 +349,7 @@ def verdict(
 
     found = verdicts(epochs)
     if as_json:
-        print(json.dumps([v.as_dict() for v in found], indent=2))
+        print(json.dumps([v.as_dict() for v in found], indent=2, allow_nan=False))
         return
     for study in store.find_studies(results):
         _say(f"{study.name}: final training error, deeper minus shallower, in percentage points")
@@ -365,8 +358,11 @@ def verdict(
             console.print(terminal.verdict_table(mine))
         else:
             _say("nothing to compare: two finished depths of one block are needed")
-        for v in mine:
-            _say(f"- {v.sentence}")
+        if mine and mine[0].early:
+            of = f" of the paper's {paper.STEPS:,}" if study.shared["dataset"] == "cifar10" else ""
+            _say(f"early in training: {mine[0].steps:,}{of} steps")
+        if lost := sorted({run for v in mine for run in v.diverged}):
+            _say(f"diverged, counted at chance: {', '.join(lost)}")
         for run in study.runs:
             if run.status not in ("done", "diverged"):
                 _say(f"left out: {run.folder.name} ({run.status})")
@@ -383,12 +379,12 @@ def _read_spec(spec: Path | None) -> dict[str, Any]:
     if spec is None:
         return {}
     if not spec.is_file():
-        raise ValueError(f"{spec} is not a file; name a TOML file such as experiments/demo.toml")
+        raise ValueError(f"{spec} is not a file; name a TOML file, or separate lists by commas: --depths 20,56")
     try:
-        values = tomllib.loads(spec.read_text())
+        values = {key.replace("-", "_"): value for key, value in tomllib.loads(spec.read_text()).items()}
     except ValueError as error:
         raise ValueError(f"{spec}: {error}") from None
-    known = [*SWEEP_FIELDS, *RunConfig(block="plain", depth=20, seed=0).shared()]
+    known = list(dict.fromkeys([*SWEEP_FIELDS, *RunConfig(block="plain", depth=20, seed=0).shared()]))
     if unknown := [name for name in values if name not in known]:
         raise ValueError(f"{spec}: {unknown[0]} is not a setting; the settings are {', '.join(known)}")
     for name in ("dataset", "protocol", "study"):
@@ -403,7 +399,7 @@ def _list(text: str | None, flag: str) -> list[str] | None:
         return None
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
-        raise ValueError(f"{flag} must be a list such as 20,56 or plain,residual, with nothing empty; got {text!r}")
+        raise ValueError(f"{flag} must be separated by commas, with nothing empty; got {text!r}")
     return parts
 
 

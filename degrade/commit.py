@@ -20,7 +20,7 @@ class Held(Exception):
     """Another process holds the lock; `pid` is its number, or None where it cannot be told."""
 
     def __init__(self, path: Path, pid: int | None):
-        super().__init__(f"{path.parent.name} is held by {f'process {pid}' if pid else 'another process'}")
+        super().__init__(f"held by {f'process {pid}' if pid else 'another process'}, and left to it")
         self.pid = pid
 
 

@@ -218,7 +218,8 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
         return value
     if name == "milestones" and isinstance(value, list | tuple) and all(type(v) is int for v in value):
         return tuple(value)
-    wanted = "a list of whole numbers" if name == "milestones" else getattr(kind, "__name__", str(kind))
+    words = {float: "a number", str: "text", int: "a whole number", int | None: "a whole number"}
+    wanted = words.get(kind, "a list of whole numbers")
     raise ValueError(f"{name} must be {wanted}; got {value!r}")
 
 
@@ -263,6 +264,20 @@ def protocol_fields(protocol: str, overrides: Mapping[str, Any]) -> dict[str, An
     if "steps" in overrides and "milestones" not in overrides and isinstance(values["steps"], int):
         values["milestones"] = tuple(sorted({values["steps"] // 2, values["steps"] * 3 // 4} - {0}))
     return values
+
+
+def overridden(protocol: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The `fields` that differ from the protocol's own.
+
+    Raises:
+        ValueError: an unknown protocol.
+    """
+    base = RunConfig(block="plain", depth=20, seed=0, **protocol_fields(protocol, {})).shared()
+    return {
+        name: value
+        for name, value in fields.items()
+        if (list(value) if isinstance(value, tuple) else value) != base.get(name, value) or name not in base
+    }
 
 
 def study_name(dataset: str, protocol: str, overrides: Mapping[str, Any]) -> str:

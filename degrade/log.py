@@ -60,7 +60,7 @@ def from_csv(text: str) -> list[Epoch]:
         raise ValueError(f"the header is not degrade's: {','.join(header)[:100]!r}")
     if not text.endswith("\n"):
         raise ValueError("the last row is cut off")
-    rows = []
+    rows: list[Epoch] = []
     for number, line in enumerate(lines[1:], start=1):
         if len(line) != len(header):
             raise ValueError(f"row {number} has {len(line)} values, the header {len(header)}")
@@ -70,5 +70,11 @@ def from_csv(text: str) -> list[Epoch]:
             raise ValueError(f"row {number}: {error}") from None
         if row.epoch != number:
             raise ValueError(f"row {number} is epoch {row.epoch}")
+        if row.step <= (rows[-1].step if rows else 0):
+            raise ValueError(f"row {number}: its step, {row.step}, is not above the one before")
+        for name in ("train_error", "train_error_running", "test_error", "val_error"):
+            value = getattr(row, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"row {number}: {name} must be from 0 to 1; got {value}")
         rows.append(row)
     return rows

@@ -1,14 +1,23 @@
 """DataFrames to figures. Errors are drawn in percent. Imports no torch."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import (
+    Formatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+    StrMethodFormatter,
+)
 
 from degrade import paper
 from degrade.analysis.verdict import FINISHED, chance_error, final_epochs
@@ -33,36 +42,40 @@ def figures(epochs: "pd.DataFrame") -> dict[str, Figure]:
 
     Args:
         epochs: rows of one study, as `store.load` gives them. The figures v depth take finished runs
-            only; diverged ones stand at chance.
+            only; diverged ones stand at chance, and have no gap.
     """
     final = final_epochs(epochs)
     final = final[final["status"].isin(FINISHED)].copy()
-    final["gap"] = final["test_error"] - final["train_error"]
+    final["gap"] = (final["test_error"] - final["train_error"]).mask(final["status"] == "diverged")
     drawn = {"curves": draw_curves(epochs)}
-    if len(final):
-        for name, measure in (("training-error", "train_error"), ("test-error", "test_error"), ("gap", "gap")):
-            drawn[name] = draw_by_depth(final, measure)
+    for name, measure in (("training-error", "train_error"), ("test-error", "test_error"), ("gap", "gap")):
+        known = final[final[measure].notna()]
+        if len(known):
+            drawn[name] = draw_by_depth(known, measure)
     return drawn
 
 
 def draw_by_depth(final: "pd.DataFrame", measure: str) -> Figure:
     """The final `measure` v depth, plain and residual in one figure."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    ax = by_depth(figure.add_subplot(), final, measure)
-    ax.set_title(f"Final {MEASURES[measure]} v depth\n{_describe(final)}", fontsize=10)
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    by_depth(figure.add_subplot(), final, measure)
+    figure.suptitle(f"Final {MEASURES[measure]} v depth\n{_describe(final)}", fontsize=10)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
     return figure
 
 
 def by_depth(ax: Axes, final: "pd.DataFrame", measure: str) -> Axes:
     """Draw each seed's final `measure` as a dot, the mean as a line and lowest to highest seed as a band.
 
-    Published numbers are overlaid, hollow, where the study is of the paper's own protocol.
+    Published numbers are overlaid, dotted, where the study is of the paper's own protocol. Where the
+    errors span more than a factor of 30 the axis is logarithmic, so that nothing has to be cut off.
 
     Args:
         ax: to draw on.
         final: one row a run, with block, depth and `measure`, a fraction.
         measure: a column of `final`.
     """
+    drawn = list(final[measure])
     for block in BLOCKS:
         runs = final[final["block"] == block]
         if runs.empty:
@@ -71,49 +84,53 @@ def by_depth(ax: Axes, final: "pd.DataFrame", measure: str) -> Axes:
         mean, low, high = by.mean(), by.min(), by.max()
         colour = COLOURS[block]
         ax.fill_between(mean.index, low, high, color=colour, alpha=0.15, linewidth=0)
-        ax.plot(runs["depth"], runs[measure], ".", color=colour, markersize=5, alpha=0.7)
-        ax.plot(mean.index, mean, marker=MARKERS[block], color=colour, label=block, markersize=6)
+        ax.plot(mean.index, mean, marker=MARKERS[block], color=colour, label=block, markersize=7)
+        ax.plot(runs["depth"], runs[measure], "o", color=colour, markeredgecolor="white", markersize=4.5, zorder=3)
+    depths = set(final["depth"])
     row = final.iloc[0]
     if (row["dataset"], row["protocol"]) == ("cifar10", "paper"):
         for block in BLOCKS:
             points = [(p.depth, _published(p, measure)) for p in paper.CIFAR10 if p.block == block]
             points = [(depth, value) for depth, value in points if value is not None]
-            ax.plot(
-                *zip(*points, strict=True),
-                marker=MARKERS[block],
-                color=COLOURS[block],
-                markerfacecolor="none",
-                linestyle=":",
-                label=f"{block}, He et al. 2015",
-            )
-    depths = sorted(set(final["depth"]))
-    ax.set_xticks(depths)
+            depths |= {depth for depth, _ in points}
+            drawn += [value for _, value in points]
+            x, y = zip(*points, strict=True)
+            label, marker = f"{block}, He et al. 2015", MARKERS[block]
+            ax.plot(x, y, color=COLOURS[block], marker=marker, markerfacecolor="none", linestyle=":", label=label)
+    ax.plot([], [], "o", color="0.4", markeredgecolor="white", markersize=4.5, label="one seed")
+    ax.fill_between([], [], [], color="0.4", alpha=0.25, linewidth=0, label="lowest to highest seed")
+    ax.set_xticks(sorted(depths))
     ax.set_xlabel("depth (weight layers)")
     ax.set_ylabel({"train_error": "training error", "test_error": "test error", "gap": "difference"}[measure])
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    if measure != "gap":
-        ax.set_ylim(bottom=0)
-    return _finish(ax)
+    if measure == "gap":
+        ax.axhline(0, color="0.4", linewidth=0.8)
+        ax.set_ylim(min([-0.01, *final[measure] * 1.1]), max([0.01, *final[measure] * 1.1]))
+    return _error_axis(ax, drawn, str(row["dataset"]), linear=measure == "gap")
 
 
 def draw_curves(epochs: "pd.DataFrame") -> Figure:
     """The error curves of Fig. 6: plain on the left, residual on the right, on one scale."""
     epochs = _comparable(epochs)
     blocks = [block for block in BLOCKS if (epochs["block"] == block).any()]
-    figure = Figure(figsize=(4.8 * len(blocks), 4.2), layout="constrained")
+    figure = Figure(figsize=(4.4 * len(blocks) + 1.4, 4.2), layout="constrained")
     axes = figure.subplots(1, len(blocks), sharey=True, squeeze=False)[0]
     for ax, block in zip(axes, blocks, strict=True):
         curves(ax, epochs, block).set_title(f"{block} nets", fontsize=10)
     axes[0].set_ylabel("error")
-    title = "Training error (thin; clean images, eval mode) and test error (bold)"
-    figure.suptitle(f"{title}\n{_describe(epochs)}", fontsize=10)
+    figure.suptitle(f"Training error (clean images, eval mode) and test error\n{_describe(epochs)}", fontsize=10)
+    entries: dict[str, Artist] = {}
+    for ax in axes:
+        handles, labels = ax.get_legend_handles_labels()
+        entries |= {label: entries.get(label, handle) for label, handle in zip(labels, handles, strict=True)}
+    figure.legend(entries.values(), entries, loc="outside right center", frameon=False, fontsize=9)
     return figure
 
 
 def curves(ax: Axes, epochs: "pd.DataFrame", block: str) -> Axes:
-    """Draw error v step of every depth of `block`: the mean over seeds, with a band from lowest to highest.
+    """Draw error v step of every depth of `block`: mean over seeds, training thin and dashed, test bold.
 
-    A diverged run stays at chance from its last epoch on; otherwise a step is drawn where every seed has it.
+    The band runs from the lowest to the highest seed of the test error. A diverged run stays at chance from
+    its last epoch on; otherwise a step is drawn where every seed has it.
 
     Args:
         ax: to draw on.
@@ -127,22 +144,49 @@ def curves(ax: Axes, epochs: "pd.DataFrame", block: str) -> Axes:
         if runs.empty:
             continue
         colour = colours(0.75 * i / max(len(depths) - 1, 1))
-        for measure, width in (("train_error", 0.9), ("test_error", 2.2)):
-            seeds = _by_step(runs, measure)
-            mean, low, high = seeds.mean(axis=1), seeds.min(axis=1), seeds.max(axis=1)
-            label = f"{block}-{depth}" if measure == "test_error" else None
-            ax.fill_between(mean.index, low, high, color=colour, alpha=0.12, linewidth=0)
-            ax.plot(mean.index, mean, color=colour, linewidth=width, label=label)
+        test, train = _by_step(runs, "test_error"), _by_step(runs, "train_error")
+        ax.fill_between(test.index, test.min(axis=1), test.max(axis=1), color=colour, alpha=0.15, linewidth=0)
+        ax.plot(test.index, test.mean(axis=1), color=colour, linewidth=2, label=f"{depth} layers")
+        ax.plot(train.index, train.mean(axis=1), color=colour, linewidth=0.9, linestyle="--")
+    for label, width, style in (
+        ("test error", 2, "-"),
+        ("training error", 0.9, "--"),
+        ("learning rate / 10", 0.8, ":"),
+    ):
+        ax.plot([], [], color="0.4", linewidth=width, linestyle=style, label=label)
+    ax.fill_between([], [], [], color="0.4", alpha=0.25, linewidth=0, label="test error, lowest\nto highest seed")
     for milestone in epochs["milestones"].iloc[0]:
-        ax.axvline(milestone, color="0.6", linewidth=0.8, linestyle="--", zorder=0)
-    late = epochs[epochs["step"] > epochs["steps"] / 4]
-    if epochs["epoch"].max() > 20 and len(late):  # show where the curves end, as Fig. 6 does
-        ax.set_ylim(0, 1.1 * late[["train_error", "test_error"]].max().max())
-    else:
-        ax.set_ylim(bottom=0)
-    ax.set_xlabel("step (dashed: learning rate / 10)")
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    return _finish(ax)
+        ax.axvline(milestone, color="0.4", linewidth=0.8, linestyle=":", zorder=0)
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    ax.set_xlabel("step")
+    return _error_axis(ax, [*epochs["train_error"], *epochs["test_error"]], str(epochs["dataset"].iloc[0]))
+
+
+def _error_axis(ax: Axes, drawn: Sequence[float], dataset: str, *, linear: bool = False) -> Axes:
+    """Percent, from 0; logarithmic where the errors drawn span more than a factor of 30. Chance, where it is near."""
+    positive = [value for value in drawn if value > 0]
+    formatter: Formatter = PercentFormatter(1.0, decimals=None)
+    if not linear:
+        if positive and max(positive) > 30 * min(positive):
+            ax.set_yscale("log")
+            ax.set_ylim(0.8 * min(positive), 1.2 * max(positive))
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_minor_locator(NullLocator())
+            formatter = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
+        else:
+            ax.set_ylim(bottom=0)
+        chance = chance_error(dataset)
+        if max(drawn) > 0.6 * chance:
+            ax.axhline(chance, color="0.4", linewidth=0.8, linestyle=(0, (6, 4)))
+            ax.annotate("chance", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+            ax.set_ylim(top=max(1.08 * chance, ax.get_ylim()[1]))
+    ax.yaxis.set_major_formatter(formatter)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="0.9", linewidth=0.8)
+    ax.set_axisbelow(True)
+    return ax
 
 
 def _comparable(epochs: "pd.DataFrame") -> "pd.DataFrame":
@@ -183,12 +227,19 @@ def save(figure: Figure, folder: Path, name: str, formats: Iterable[str] = FORMA
 
 
 def _describe(epochs: "pd.DataFrame") -> str:
-    """`cifar10, protocol demo, 500 steps, 3 seeds`"""
+    """`cifar10, protocol demo: 500 of the paper's 64,000 steps`, `width 8, 4,000 images, 3 seeds`, who has diverged."""
     row = epochs.iloc[0]
     counts = epochs.groupby(["block", "depth"])["seed"].nunique()
     low, high = int(counts.min()), int(counts.max())
     seeds = f"{low} seed{'s' if low > 1 else ''}" if low == high else f"{low} to {high} seeds"
-    return f"{row['dataset']}, protocol {row['protocol']}: {row['steps']:,} steps, width {row['width']}, {seeds}"
+    of = f" of the paper's {paper.STEPS:,}" if row["dataset"] == "cifar10" and row["steps"] < paper.STEPS else ""
+    images = row["train_images"]
+    size = f"{images:,.0f} images" if images == images and images is not None else "all images"  # pandas: None is NaN
+    steps = f"protocol {row['protocol']}: {row['steps']:,}{of} steps"
+    text = f"{row['dataset']}, {steps}\nwidth {row['width']}, {size}, {seeds}"
+    lost = epochs[epochs["status"] == "diverged"]
+    names = sorted({f"{r.block}-{r.depth}-s{r.seed}" for r in lost.itertuples()})
+    return text + (f"\ndiverged, at chance: {', '.join(names)}" if names else "")
 
 
 def _published(net: paper.Published, measure: str) -> float | None:
@@ -199,11 +250,3 @@ def _published(net: paper.Published, measure: str) -> float | None:
     if net.train_error is None or net.test_error is None:
         return None
     return net.test_error - net.train_error
-
-
-def _finish(ax: Axes) -> Axes:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="0.9", linewidth=0.8)
-    ax.set_axisbelow(True)
-    ax.legend(frameon=False, fontsize=9)
-    return ax

@@ -40,8 +40,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise Failure(f"{path} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise Failure(f"{path} is not JSON: {error}; restore it, or delete its folder and sweep again") from None
     if not isinstance(values, dict):
         raise Failure(f"{path} is not a JSON object")
     return values
@@ -67,7 +67,7 @@ class Run:
         except ValueError as error:
             raise Failure(f"{folder / CONFIG}: {error}") from None
         if (identity := run_id(values)) != folder.name:
-            raise Failure(f"{folder / CONFIG} was edited: it belongs to {identity}")
+            raise Failure(f"{folder / CONFIG} was edited, or its folder renamed: it belongs to {identity}")
         return cls(study, folder, config)
 
     @cached_property
@@ -78,7 +78,10 @@ class Run:
             Failure: it is not a log of degrade's.
         """
         try:
-            return from_csv((self.folder / LOG).read_text())
+            epochs = from_csv((self.folder / LOG).read_text())
+            if epochs and epochs[-1].step > self.config.steps:
+                raise ValueError(f"step {epochs[-1].step} of {self.config.steps}")
+            return epochs
         except FileNotFoundError:
             return []
         except ValueError as error:
@@ -97,7 +100,7 @@ class Run:
             return "done"
         if (self.folder / ERROR).exists():
             return "failed"
-        if self.epochs or any((self.folder / CHECKPOINTS).glob("*.pt")):
+        if self.epochs or (self.folder / ENVIRONMENT).exists() or any((self.folder / CHECKPOINTS).glob("*.pt")):
             return "interrupted"
         return "missing"
 
@@ -170,6 +173,9 @@ class Study:
         Raises:
             Failure: a run's config.json is unreadable, or differs from the study's elsewhere.
         """
+        for path in self.folder.glob(f"*/{LOG}"):
+            if not (path.parent / CONFIG).exists():
+                raise Failure(f"{path.parent} has a {LOG} but no {CONFIG}; restore it, or delete the folder")
         runs = [Run.open(self.name, path.parent) for path in self.folder.glob(f"*/{CONFIG}")]
         for run in runs:
             if run.config.shared() != self.shared:

@@ -25,7 +25,7 @@ from degrade.log import Epoch, to_csv
 from degrade.store import Run, Study, to_json
 from degrade.train import Training, load_splits, prepare_process
 
-COMMIT_SECONDS = 30.0
+COMMIT_SECONDS = 10.0  # what a kill costs at most; a commit takes some 20 ms
 REPORT_SECONDS = 0.25
 
 

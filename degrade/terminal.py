@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -77,7 +76,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
 
 def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     """The comparisons of one study, in percentage points."""
-    table = make_table("nets", ">depths", ">seeds", ">difference", ">95 % interval", "verdict")
+    table = make_table("nets", ">depths", ">seeds", ">rise", ">95 % interval", "verdict")
     for v in verdicts:
         between = "-" if v.low is None or v.high is None else f"{100 * v.low:+.2f} to {100 * v.high:+.2f}"
         table.add_row(
@@ -86,7 +85,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
             str(v.seeds),
             f"{100 * v.difference:+.2f}",
             between,
-            Text(v.verdict, VERDICT_STYLES.get(v.verdict, "")),
+            Text(v.words, VERDICT_STYLES.get(v.verdict, "")),
         )
     return table
 
@@ -96,7 +95,7 @@ def make_table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
         right = column.startswith(">")
-        table.add_column(column.lstrip(">"), justify="right" if right else "left", overflow="fold")
+        table.add_column(column.lstrip(">"), justify="right" if right else "left", no_wrap=True)
     return table
 
 
@@ -202,7 +201,7 @@ class _Row:
             self.label,
             Text(self.state, STYLES.get(self.state, "dim")),
             f"{self.last.epoch if self.last else 0}/{self.epochs}",
-            ProgressBar(total=self.steps, completed=self.step, width=14),
+            "━" * (done := 14 * self.step // self.steps) + "╌" * (14 - done),
             percent(self.last.train_error) if self.last else "-",
             percent(self.last.test_error) if self.last else "-",
             duration(self.seconds_left) if self.seconds_left else "",

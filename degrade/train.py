@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from degrade.config import RunConfig
-from degrade.data import Images, Splits, load
+from degrade.data import Images, Splits, fetch, load
 from degrade.data.plan import Batch, SamplePlan, augment, normalise
 from degrade.evaluate import evaluate
 from degrade.log import Epoch
@@ -23,11 +23,12 @@ from degrade.nets import cifar_net
 
 
 def train(config: RunConfig, *, data_dir: Path | None = None, device: str = "cpu") -> Iterator[Epoch]:
-    """Train one net and yield a row of its log at the end of each epoch. Nothing is written.
+    """Train one net and yield a row of its log at the end of each epoch. Nothing is written but a data set fetched.
 
     Raises:
-        Failure: the data set is missing or damaged.
+        Failure: the data set is missing or damaged and cannot be had.
     """
+    fetch(config.dataset, data_dir)
     training = Training(config, load_splits(config, data_dir, device), device)
     return (epoch for epoch in training if epoch)
 

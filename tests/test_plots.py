@@ -24,7 +24,7 @@ def lines(figure):
 
 
 def texts(figure):
-    return " ".join(ax.get_title() for ax in figure.axes) + (figure.get_suptitle() or "")
+    return " ".join([*(ax.get_title() for ax in figure.axes), *figure.get_suptitle().split()])
 
 
 def test_the_four_figures(epochs):
@@ -44,7 +44,7 @@ def test_the_gap_is_test_minus_train(epochs):
 
 def test_every_seed_is_seen_and_the_band_spans_them(epochs):
     ax = plots.figures(epochs)["training-error"].axes[0]
-    dots = [line for line in ax.get_lines() if line.get_marker() == "."]
+    dots = [line for line in ax.get_lines() if line.get_linestyle() == "None"]
     assert sum(len(line.get_xdata()) for line in dots) == 12
     band = ax.collections[0].get_paths()[0].get_extents()
     assert (band.ymin, band.ymax) == pytest.approx((0.4, 0.62))
@@ -56,18 +56,20 @@ def test_the_curves_of_fig_6(epochs):
     assert plain.get_title() == "plain nets"
     assert residual.get_title() == "residual nets"
     assert plain.get_ylim() == residual.get_ylim()
-    bold = lines(figure)["plain-14"]
+    bold = next(line for line in plain.get_lines() if line.get_label() == "14 layers")
     np.testing.assert_allclose(bold.get_xydata(), [[12, 0.95], [24, 0.66]])
-    thin = [line for line in plain.get_lines() if line.get_linewidth() < 1 and len(line.get_xdata()) == 2]
+    thin = [line for line in plain.get_lines() if line.get_linestyle() == "--"]
     assert any(np.allclose(line.get_ydata(), [0.9, 0.61]) for line in thin)
-    milestones = {line.get_xdata()[0] for line in plain.get_lines() if line.get_linestyle() == "--"}
+    milestones = {
+        line.get_xdata()[0] for line in plain.get_lines() if line.get_linestyle() == ":" and len(line.get_xdata())
+    }
     assert milestones == {12, 18}
 
 
 def test_each_figure_names_its_measure_and_seeds(epochs):
     for name, figure in plots.figures(epochs).items():
         assert "3 seeds" in texts(figure)
-        assert "shapes, protocol smoke: 24 steps" in texts(figure)
+        assert "shapes, protocol smoke: 24 steps width 4, 256 images, 3 seeds" in texts(figure)
         assert {"gap": "test error minus", "test-error": "test error"}.get(name, "raining error") in texts(figure)
 
 
@@ -100,7 +102,7 @@ def test_a_diverged_seed_stays_in_the_curves_at_chance(tmp_path):
     log = run.folder / "log.csv"
     rows = log.read_text().splitlines(keepends=True)[:3]
     log.write_text("".join(rows[:2]) + rows[2].replace("1.0", "nan"))
-    curve = lines(plots.figures(degrade.load(tmp_path))["curves"])["plain-8"]
+    curve = lines(plots.figures(degrade.load(tmp_path))["curves"])["8 layers"]
     np.testing.assert_allclose(curve.get_xydata(), [[8, 0.8], [16, (0.4 + 0.4 + 0.9) / 3], [24, (0.2 + 0.2 + 0.9) / 3]])
 
 
@@ -110,8 +112,27 @@ def test_a_run_under_way_does_not_bend_the_mean_of_the_finished(tmp_path):
     log = run.folder / "log.csv"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
     figure = plots.figures(degrade.load(tmp_path))["curves"]
-    np.testing.assert_allclose(lines(figure)["plain-8"].get_ydata(), [0.8, 0.4])
+    np.testing.assert_allclose(lines(figure)["8 layers"].get_ydata(), [0.8, 0.4])
     assert "1 seed" in texts(figure)
+
+
+def test_errors_of_all_sizes_are_seen_at_once(tmp_path):
+    for depth, error in ((20, 0.01), (56, 0.0004), (110, 0.85)):
+        config = RunConfig(block="plain", depth=depth, seed=0)
+        write_run(tmp_path / "p", config, [(0.9, 0.9), (error, error)], protocol="paper")
+    for name, figure in plots.figures(degrade.load(tmp_path)).items():
+        low, high = figure.axes[0].get_ylim()
+        if name != "gap":
+            assert figure.axes[0].get_yscale() == "log"
+            assert 0 < low < 0.0004
+            assert high > 0.9
+
+
+def test_a_diverged_run_is_named(tmp_path):
+    write_run(tmp_path / "s", smoke("plain", 8), [(0.5, 0.5)])
+    write_run(tmp_path / "s", smoke("plain", 14), [(0.3, 0.3)], loss=float("nan"))
+    for name, figure in plots.figures(degrade.load(tmp_path)).items():
+        assert ("diverged, at chance: plain-14-s0" in texts(figure)) is (name != "gap")
 
 
 def test_one_block_alone_and_unfinished_runs(tmp_path):

@@ -42,10 +42,12 @@ class TestDamage:
         run = write_run(tmp_path / "study", smoke(), [])
         path = run.folder / store.CONFIG
         path.write_text(path.read_text().replace('"lr": 0.02', '"lr": 0.2'))
-        with pytest.raises(Failure, match=r"config.json was edited: it belongs to plain-8-s0-"):
+        with pytest.raises(Failure, match=r"config.json was edited, or its folder renamed: it belongs to plain-8-s0-"):
             Run.open("study", run.folder)
 
-    @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"block": "plain", "depth": 8, "seed": 0, "x": 1}'])
+    @pytest.mark.parametrize(
+        "text", ["{", "[]", "[" * 100_000, "{}", '{"block": "plain", "depth": 8, "seed": 0, "x": 1}']
+    )
     def test_an_unreadable_configuration_names_its_file(self, tmp_path, text):
         run = write_run(tmp_path / "study", smoke(), [])
         (run.folder / store.CONFIG).write_text(text)
@@ -63,6 +65,12 @@ class TestDamage:
         run = write_run(tmp_path / "study", smoke(), [])
         (run.folder / store.LOG).write_text("loss,step\n1,2\n")
         with pytest.raises(Failure, match=r"log.csv: the header is not degrade's: 'loss,step'"):
+            degrade.load(tmp_path)
+
+    def test_a_run_without_its_configuration_is_not_passed_over(self, tmp_path):
+        run = write_run(tmp_path / "study", smoke(), [(0.5, 0.5)])
+        (run.folder / store.CONFIG).unlink()
+        with pytest.raises(Failure, match=r"has a log\.csv but no config\.json"):
             degrade.load(tmp_path)
 
     def test_a_study_file_of_something_else(self, tmp_path):

@@ -150,7 +150,7 @@ def test_signals_end_it_within_five_seconds_resumable(data_dir, tmp_path, number
     _, errors = process.communicate(timeout=10)
     assert time.monotonic() - start < 5
     assert process.returncode == code
-    assert errors == "degrade: stopped; the same command goes on from the last checkpoints\n"
+    assert errors == "degrade: stopped; the same command goes on from the last checkpoints, at most 10 s back\n"
     assert not any_running(tmp_path)
 
 
@@ -202,7 +202,7 @@ class TestTroubledRuns:
         assert str(event.value) == "No space left on device"
         monkeypatch.undo()
         (run,) = Study.open(tmp_path / "shapes-smoke").runs
-        assert run.status == "missing"  # not "failed": nothing is wrong with the run
+        assert run.status == "interrupted"  # not "failed": nothing is wrong with the run
         self.events(study, [config], data_dir)
         assert digests(tmp_path)[run.folder.name] == digests(reference)[run.folder.name]
 
@@ -232,7 +232,7 @@ class TestTroubledRuns:
         run = new_run(tmp_path / "s", config)
         with pytest.raises(Failure, match="CIFAR-10 is missing"):
             next(train_run(task(run, tmp_path / "nowhere")))
-        assert store.Run.open("s", run.folder).status == "missing"
+        assert store.Run.open("s", run.folder).status == "interrupted"
 
 
 def test_the_clock_is_in_timing_csv_alone(reference):

@@ -32,7 +32,7 @@ class Verdict:
         shallow, deep: the two depths.
         seeds: the smallest number of seeds among the groups compared.
         difference: of the mean errors, a fraction; positive where the deeper net is worse.
-        low, high: Welch's 95 % interval; None with one seed.
+        low, high: Welch's 95 % interval; None with one seed, or where every shallow run diverged.
         verdict: "degrades" (low > 0), "does not degrade" (high <= 0.005) or "undecided".
         steps: updates of the protocol.
         diverged: run ids counted at chance error.
@@ -51,33 +51,21 @@ class Verdict:
     diverged: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"diverged": list(self.diverged)}
+        return asdict(self) | {"diverged": list(self.diverged), "early": self.early}
 
     @property
-    def sentence(self) -> str:
-        """The verdict in words, errors in percentage points."""
-        what = {
-            "plain": f"plain-{self.deep} v plain-{self.shallow}",
-            "residual": f"residual-{self.deep} v residual-{self.shallow}",
-            CONTRAST: f"plain's rise minus residual's, {self.shallow} to {self.deep}",
-        }[self.block]
-        text = f"{what}: {100 * self.difference:+.2f} points"
-        if self.low is not None and self.high is not None:
-            text += f" [{100 * self.low:+.2f}, {100 * self.high:+.2f}]"
-        word = self.verdict
-        if self.block == CONTRAST:
-            word = {
-                "degrades": "plain degrades more",
-                "does not degrade": "plain does not degrade more",
-            }.get(word, word)
-        text += f", {word}"
-        if self.verdict == "undecided" and self.seeds == 1:
-            text += " (one seed)"
-        if self.steps < paper.STEPS:
-            text += f", early in training ({self.steps:,} of the paper's {paper.STEPS:,} steps)"
-        if self.diverged:
-            text += f"; diverged, counted at chance: {', '.join(self.diverged)}"
-        return text
+    def words(self) -> str:
+        """The verdict as a table shows it: of the contrast it is said which of the two degrades more."""
+        if self.block != CONTRAST:
+            return self.verdict
+        return {"degrades": "plain degrades more", "does not degrade": "plain degrades no more"}.get(
+            self.verdict, self.verdict
+        )
+
+    @property
+    def early(self) -> bool:
+        """Whether the protocol is shorter than the paper's."""
+        return self.steps < paper.STEPS
 
 
 def interval(groups: Sequence[Sequence[float]], signs: Sequence[int]) -> tuple[float, float | None, float | None]:
@@ -142,14 +130,17 @@ def verdicts(epochs: "pd.DataFrame") -> list[Verdict]:
 
 def _compare(runs: "pd.DataFrame", blocks: Sequence[str], shallow: int, deep: int) -> Verdict:
     """Deep minus shallow of the first block; less that of the second, if there are two."""
-    groups, signs, diverged = [], [], []
+    groups, signs, diverged, lost = [], [], [], False
     for block, block_sign in zip(blocks, (1, -1), strict=False):
         for depth, depth_sign in ((deep, 1), (shallow, -1)):
             group = runs[(runs["block"] == block) & (runs["depth"] == depth)]
             groups.append(group["train_error"].tolist())
+            lost = lost or (depth == shallow and set(group["status"]) == {"diverged"})
             signs.append(block_sign * depth_sign)
             diverged += group.loc[group["status"] == "diverged", "id"].tolist()
     difference, low, high = interval(groups, signs)
+    if lost:  # nothing was learnt at the depth compared with, so there is nothing to degrade from
+        low = high = None
     return Verdict(
         study=str(runs["study"].iloc[0]),
         block=blocks[0] if len(blocks) == 1 else CONTRAST,

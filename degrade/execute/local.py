@@ -1,5 +1,6 @@
 """Items side by side in processes on this machine."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -81,7 +82,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, function), daemon=True)
-        self.process.start()
+        with _ignoring_sigint():  # inherited: Ctrl-C goes to the whole group, and the parent ends its workers
+            self.process.start()
         theirs.close()
         self.index = -1
 
@@ -100,8 +102,19 @@ class _Worker:
             return Event(self.index, "failed", Error("", f"its process {how}", ""))
 
 
+@contextlib.contextmanager
+def _ignoring_sigint() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # where signals cannot be set
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _work(pipe: connection.Connection, function: Function) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends its workers
     threading.Thread(target=_die_with_parent, daemon=True).start()
     while True:
         try:
