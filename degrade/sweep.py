@@ -248,12 +248,16 @@ def _cpu_model() -> str:
 
 @lru_cache(1)
 def _git_commit() -> str | None:
-    """The commit of the checkout that degrade runs from, with `+` where files differ from it; None elsewhere."""
-    here = Path(degrade.__file__).parent
+    """The commit of the checkout that degrade runs from, with `+` where its code differs; None elsewhere."""
+    package = Path(degrade.__file__).parent
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, text=True)
+
     try:
-        ask = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
-        tracked = subprocess.run([*ask[:3], "ls-files", "--error-unmatch", "__init__.py"], capture_output=True)
-        answer = subprocess.run(ask, capture_output=True, text=True)
-    except OSError:
+        if git("ls-files", "--error-unmatch", "__init__.py").returncode:
+            return None
+        changed = git("status", "--porcelain", "--", ".").stdout
+        return git("rev-parse", "--short=12", "HEAD").stdout.strip() + ("+" if changed else "")
+    except OSError:  # no git
         return None
-    return answer.stdout.strip() or None if tracked.returncode == 0 else None
