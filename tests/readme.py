@@ -10,16 +10,18 @@ BLOCK = re.compile(r"(<!-- verdict: written by make figures -->\n).*?(<!-- /verd
 
 
 def verdict_table() -> str:
-    """What `degrade verdict` prints of the study shown first, as Markdown."""
+    """What `degrade verdict` prints of the reference results, as Markdown."""
     import degrade
     from degrade.analysis.verdict import verdicts
 
-    lines = ["| nets | depths | seeds | rise | 95 % interval | verdict |", "|---|---|---|---|---|---|"]
-    for v in verdicts(degrade.load(ROOT / "results" / "cifar10-demo")):
+    lines = ["| data | nets | depths | seeds | rise | 95 % interval | verdict |", "|---|---|---|---|---|---|---|"]
+    for v in verdicts(degrade.load(ROOT / "results")):
         between = "-" if v.low is None or v.high is None else f"{100 * v.low:+.2f} to {100 * v.high:+.2f}"
         block = v.block.replace("-", " minus ")
+        data = v.study.partition("-")[0]
         lines.append(
-            f"| {block} | {v.deep} v {v.shallow} | {v.seeds} | {100 * v.difference:+.2f} | {between} | {v.verdict} |"
+            f"| {data} | {block} | {v.deep} v {v.shallow} | {v.seeds} | {100 * v.difference:+.2f} "
+            f"| {between} | {v.words} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -11,9 +12,9 @@ from conftest import smoke, write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from degrade import store
+from degrade import commit, store
 from degrade.cli import app
-from degrade.config import RunConfig
+from degrade.config import PROTOCOLS, RunConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -116,6 +117,44 @@ class TestSweep:
         assert result.exit_code == 2
         assert "study mine was run with another protocol: lr 0.02 there, 0.5 here" in result.stderr
         assert "--study NAME" in result.stderr
+
+    def test_a_run_under_way_elsewhere_is_left_to_its_process(self, cli, tmp_path, data_dir):
+        run = write_run(tmp_path / "shapes-smoke", smoke(), [])
+        with commit.hold(run.folder / store.LOCK):
+            result = cli(*sweep_arguments(tmp_path, data_dir, "--depths", "8"))
+        assert result.exit_code == 1
+        assert "1 run, 0 to train" in result.stdout
+        assert f"running, process {os.getpid()}" in result.stdout
+        assert "1 of 1 run not done (running)" in result.stderr
+
+    def test_the_precision_of_the_device_is_no_override(self, cli, tmp_path, monkeypatch):
+        """As on a GPU with TF32: the study keeps its name, and one begun on a CPU goes on in fp32."""
+        from degrade import bench
+        from degrade import sweep as engine
+
+        monkeypatch.setattr(bench, "estimate", lambda configs, _: {c.run_id: 60.0 for c in configs})
+        monkeypatch.setattr(engine, "has_tf32", lambda _: True)
+        arguments = (
+            "sweep",
+            "--depths",
+            "8",
+            "--blocks",
+            "plain",
+            "--protocol",
+            "smoke",
+            "--out",
+            tmp_path,
+            "--dry-run",
+        )
+        result = cli(*arguments)
+        tf32 = RunConfig(block="plain", depth=8, seed=0, precision="tf32", **PROTOCOLS["smoke"])
+        assert "cifar10-smoke: 1 run, 1 to train" in result.stdout
+        assert tf32.run_id in result.stdout
+        begun = RunConfig(block="plain", depth=8, seed=0, **PROTOCOLS["smoke"])
+        write_run(tmp_path / "cifar10-smoke", begun, [])
+        assert begun.run_id in cli(*arguments).stdout
+        result = cli(*arguments, "--precision", "tf32", "--study", "other")
+        assert tf32.run_id in result.stdout
 
     def test_a_failed_run_is_skipped_until_retried(self, cli, tmp_path, data_dir):
         run = write_run(tmp_path / "shapes-smoke", smoke(), [])

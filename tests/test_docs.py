@@ -16,7 +16,15 @@ TEXT = README.read_text()
 
 def test_the_readmes_numbers_come_out_of_the_results():
     assert renewed(TEXT) == TEXT, "run make figures"
-    assert "| plain | 56 v 20 | 3 |" in TEXT
+    for data in ("cifar10", "shapes"):
+        assert f"| {data} | plain | 56 v 20 | 3 |" in TEXT
+
+
+def test_the_readmes_python_runs(data_dir, monkeypatch, capsys):
+    monkeypatch.setenv("DEGRADE_DATA", str(data_dir))
+    (example,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["1", "2", "3"]
 
 
 def test_every_command_is_in_the_readme():

@@ -102,6 +102,23 @@ def test_a_study_refuses_another_protocol_with_the_difference(tmp_path):
     assert "--study NAME" in str(error.value)
 
 
+def test_a_study_made_meanwhile_with_another_protocol_is_not_joined(tmp_path):
+    """Two sweeps start at once: both saw no study.json, and one was faster."""
+    slower = Study(tmp_path / "study", "study", "smoke", smoke(lr=0.5).shared())
+    write_run(tmp_path / "study", smoke(), [])
+    with pytest.raises(ValueError, match=r"lr 0\.02 there, 0\.5 here"):
+        slower.create([smoke(lr=0.5)])
+    assert [run.config for run in Study.open(tmp_path / "study").runs] == [smoke()]
+
+
+def test_studies_of_one_name_are_told_apart_by_where_they_are(tmp_path):
+    write_run(tmp_path / "a" / "s", smoke(), [(0.5, 0.5)])
+    write_run(tmp_path / "b" / "s", smoke(depth=14, lr=0.5), [(0.9, 0.9)])
+    assert [study.name for study in find_studies(tmp_path)] == ["a/s", "b/s"]
+    assert find_studies(tmp_path / "a" / "s")[0].name == "s"
+    assert set(degrade.load(tmp_path)["study"]) == {"a/s", "b/s"}
+
+
 def test_load_gives_a_row_an_epoch(tmp_path):
     write_run(tmp_path / "a", smoke(), [(0.9, 0.8), (0.7, 0.6)])
     write_run(tmp_path / "a", smoke("residual"), [(0.5, 0.4)])

@@ -122,9 +122,10 @@ def test_runs_under_way_do_not_count(tmp_path):
     assert v.difference == pytest.approx(0.4)
 
 
-def test_studies_are_never_mixed(tmp_path):
-    write_run(tmp_path / "a", smoke("plain", 8), [(0.1, 0.1)])
-    write_run(tmp_path / "b", smoke("plain", 14, lr=0.5), [(0.9, 0.1)])
+@pytest.mark.parametrize("folders", [("a", "b"), ("a/s", "b/s")])
+def test_studies_are_never_mixed(tmp_path, folders):
+    write_run(tmp_path / folders[0], smoke("plain", 8), [(0.1, 0.1)])
+    write_run(tmp_path / folders[1], smoke("plain", 14, lr=0.5), [(0.9, 0.1)])
     assert verdicts(degrade.load(tmp_path)) == []
 
 
