@@ -177,8 +177,8 @@ def sweep(
         "block": _distinct(wanted.pop("blocks", list(BLOCKS)), "blocks", str),
         "seed": _distinct(wanted.pop("seeds", [0]), "seeds", int),
     }
-    dataset, protocol, study = (wanted.pop(key, value) for key, value in (*_DEFAULTS.items(), ("study", None)))
-    assert isinstance(dataset, str) and isinstance(protocol, str)  # noqa: PT018  (TOML may hold anything; see _read_spec)
+    dataset, protocol = str(wanted.pop("dataset", "cifar10")), str(wanted.pop("protocol", "paper"))
+    study = wanted.pop("study", None)
     _configs(grid, dataset, protocol_fields(protocol, wanted))  # bad input is told before torch is imported
 
     from degrade import sweep as engine
@@ -244,9 +244,6 @@ def _say(text: str) -> None:
 
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
-_DEFAULTS = {"dataset": "cifar10", "protocol": "paper"}
 
 
 def _train(
