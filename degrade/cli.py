@@ -212,7 +212,8 @@ def sweep(
         _say(f"Next: degrade plot {folder}; degrade verdict {folder}")
     if unfinished := [run.status for run in runs if run.status != "done"]:
         states = ", ".join(sorted(set(unfinished)))
-        retry = "; --retry-failed tries the failed ones again" if "failed" in unfinished else ""
+        retry = "; the same command goes on" if {"interrupted", "missing"} & set(unfinished) else ""
+        retry += "; --retry-failed tries the failed ones again" if "failed" in unfinished else ""
         _exit(f"{len(unfinished)} of {_count(len(runs), 'run')} not done ({states}){retry}", 1)
 
 

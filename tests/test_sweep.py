@@ -154,6 +154,25 @@ def test_signals_end_it_within_five_seconds_resumable(data_dir, tmp_path, number
     assert not any_running(tmp_path)
 
 
+@pytest.mark.skipif(not (sys.platform == "linux" and os.geteuid() == 0), reason="only root can mount a small disk")
+def test_a_really_full_disk_and_then_room(reference, data_dir, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no disk can be mounted in this sandbox")
+    try:
+        result = subprocess.run(command(data_dir, disk), capture_output=True, text=True)
+        assert result.returncode == 1
+        assert "plain-14-s0: No space left on device" in result.stdout.splitlines()
+        assert result.stderr == "degrade: 4 of 4 runs not done (interrupted); the same command goes on\n"
+        subprocess.run(["mount", "-o", "remount,size=32m", disk], check=True)
+        subprocess.run(command(data_dir, disk), check=True, stdout=subprocess.DEVNULL)
+        assert digests(disk) == digests(reference)
+        assert not any(disk.rglob("*.partial"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 class TestTroubledRuns:
     def events(self, study, configs, data_dir):
         runs = find_runs(study, configs)
