@@ -139,8 +139,11 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
 def test_looking_at_a_lock_does_not_keep_others_from_it(tmp_path):
     path = tmp_path / "lock"
     path.touch()
-    looker = multiprocessing.get_context("fork").Process(target=look, args=(path,))
+    context = multiprocessing.get_context("spawn")
+    looking = context.Event()
+    looker = context.Process(target=look, args=(path, looking))
     looker.start()
+    assert looking.wait(20)
     try:
         for _ in range(300):
             with hold(path):
@@ -150,7 +153,8 @@ def test_looking_at_a_lock_does_not_keep_others_from_it(tmp_path):
         looker.join()
 
 
-def look(path):
+def look(path, looking):
+    looking.set()
     while True:
         holder(path)
         time.sleep(0.0002)
