@@ -101,7 +101,7 @@ def by_depth(ax: Axes, final: "pd.DataFrame", measure: str) -> Axes:
     ax.fill_between([], [], [], color="0.4", alpha=0.25, linewidth=0, label="lowest to highest seed")
     ax.set_xticks(sorted(depths))
     ax.set_xlabel("depth (weight layers)")
-    ax.set_ylabel({"train_error": "training error", "test_error": "test error", "gap": "difference"}[measure])
+    ax.set_ylabel({"train_error": "training error", "test_error": "test error", "gap": "difference in points"}[measure])
     if measure == "gap":
         ax.axhline(0, color="0.4", linewidth=0.8)
         ax.set_ylim(min([-0.01, *final[measure] * 1.1]), max([0.01, *final[measure] * 1.1]))
@@ -167,7 +167,7 @@ def curves(ax: Axes, epochs: "pd.DataFrame", block: str) -> Axes:
 def _error_axis(ax: Axes, drawn: Sequence[float], dataset: str, *, linear: bool = False) -> Axes:
     """Percent, from 0; logarithmic where the errors drawn span more than a factor of 30. Chance, where it is near."""
     positive = [value for value in drawn if value > 0]
-    formatter: Formatter = PercentFormatter(1.0, decimals=None)
+    formatter: Formatter = PercentFormatter(1.0, decimals=1 if linear else None)
     if not linear:
         if positive and max(positive) > 30 * min(positive):
             ax.set_yscale("log")
