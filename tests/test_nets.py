@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from degrade.nets import TwoLayers, cifar_net, parameter_count
+from degrade.nets import PadShortcut, TwoLayers, cifar_net, parameter_count
 
 
 @pytest.mark.parametrize("block", ["plain", "residual"])
@@ -92,10 +92,21 @@ def test_forward_equals_the_definition(block):
     torch.manual_seed(0)
     net = cifar_net(20, block).eval()
     for name, buffer in net.named_buffers():
-        if "running" in name:
+        if "running_mean" in name:
+            buffer.normal_(0, 0.1)
+        elif "running_var" in name:
             buffer.uniform_(0.5, 1.5)
     x = torch.randn(4, 3, 32, 32)
-    torch.testing.assert_close(net(x), reference_forward(net, x, block == "residual"), rtol=1e-4, atol=1e-4)
+    logits = net(x)
+    assert logits.std() > 0.1  # a dead net would equal any other
+    torch.testing.assert_close(logits, reference_forward(net, x, block == "residual"), rtol=1e-4, atol=1e-3)
+
+
+def test_option_a_takes_every_second_pixel_and_appends_zero_channels():
+    x = torch.arange(2 * 4 * 4.0).reshape(1, 2, 4, 4)
+    out = PadShortcut(2, 4, stride=2)(x)
+    assert out[0, :2].tolist() == [[[0, 2], [8, 10]], [[16, 18], [24, 26]]]
+    assert torch.equal(out[0, 2:], torch.zeros(2, 2, 2))
 
 
 def test_a_residual_block_with_zero_gamma_is_the_identity():

@@ -135,6 +135,15 @@ def test_a_diverged_run_is_named(tmp_path):
         assert ("diverged, at chance: plain-14-s0" in texts(figure)) is (name != "gap")
 
 
+def test_where_no_seed_is_finished_the_mean_ends_with_the_shortest(tmp_path):
+    for seed, rows in ((0, 4), (1, 3)):
+        run = write_run(tmp_path / "s", smoke(seed=seed), [(0.9, 0.9 - 0.2 * seed)] * 4)
+        log = run.folder / "log.csv"
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:rows]))
+    curve = lines(plots.figures(degrade.load(tmp_path))["curves"])["8 layers"]
+    np.testing.assert_allclose(curve.get_xydata(), [[6, 0.8], [12, 0.8]])
+
+
 def test_one_block_alone_and_unfinished_runs(tmp_path):
     run = write_run(tmp_path / "s", smoke("residual", 8), [(0.5, 0.5), (0.4, 0.4)])
     log = run.folder / "log.csv"

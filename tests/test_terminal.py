@@ -159,3 +159,14 @@ def test_makespan(jobs, wall):
 def test_measuring_measures():
     speed = bench.measure(smoke(), "cpu", 1, repeats=1)
     assert 0 < speed.image < speed.step < 10
+
+
+def test_the_time_left_is_at_the_pace_since_the_start_or_resume(runs, monkeypatch):
+    clock = iter([100.0, 110.0, 110.0])
+    monkeypatch.setattr("degrade.terminal.time.monotonic", lambda: next(clock))
+    shown = view(runs, Console(file=io.StringIO()))
+    shown.show(runs[0], Event(0, "started"))
+    shown.show(runs[0], Event(0, "value", Progress(8, None)))  # resumed at step 8 of 24
+    shown.show(runs[0], Event(0, "value", Progress(12, None)))
+    row = shown.rows[runs[0].folder]
+    assert row.seconds_left == 30.0  # 4 steps took 10 s, 12 are left
