@@ -195,7 +195,7 @@ def sweep(
     chosen.check(configs)
     machine = engine.resolve_machine(device, _auto(jobs, "--jobs"), _auto(threads, "--threads"), len(configs))
     runs = engine.find_runs(chosen, configs)
-    passed_over = ("done", "diverged", "running") if retry_failed else ("done", "diverged", "running", "failed")
+    passed_over = [*store.FINISHED, "running", *([] if retry_failed else ["failed"])]
     todo = [run for run in runs if run.status not in passed_over]
 
     from degrade import bench
@@ -362,7 +362,7 @@ def verdict(
         if lost := sorted({run for v in mine for run in v.diverged}):
             _say(f"diverged, counted at chance: {', '.join(lost)}")
         for run in study.runs:
-            if run.status not in ("done", "diverged"):
+            if run.status not in store.FINISHED:
                 _say(f"left out: {run.folder.name} ({run.status})")
 
 

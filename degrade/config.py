@@ -273,11 +273,8 @@ def overridden(protocol: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: an unknown protocol.
     """
     base = RunConfig(block="plain", depth=20, seed=0, **protocol_fields(protocol, {})).shared()
-    return {
-        name: value
-        for name, value in fields.items()
-        if (list(value) if isinstance(value, tuple) else value) != base.get(name, value) or name not in base
-    }
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}  # as JSON
+    return {name: fields[name] for name, value in plain.items() if value != base[name]}
 
 
 def study_name(dataset: str, protocol: str, overrides: Mapping[str, Any]) -> str:

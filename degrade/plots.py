@@ -20,9 +20,10 @@ from matplotlib.ticker import (
 )
 
 from degrade import paper
-from degrade.analysis.verdict import FINISHED, chance_error, final_epochs
+from degrade.analysis.verdict import chance_error, final_epochs
 from degrade.commit import make_folder, write_file
 from degrade.config import BLOCKS
+from degrade.store import FINISHED
 
 if TYPE_CHECKING:
     import pandas as pd

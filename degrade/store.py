@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 STUDY, CONFIG, LOG, TIMING = "study.json", "config.json", "log.csv", "timing.csv"
 ENVIRONMENT, CHECKPOINTS, ERROR, LOCK = "environment.json", "checkpoints", "error.txt", "lock"
+FINISHED = ("done", "diverged")  # the statuses of runs that count as results
 
 
 def to_json(values: Mapping[str, Any]) -> bytes:
@@ -89,15 +90,20 @@ class Run:
             advice = "; delete it, and the sweep writes it anew from its checkpoint" if there else ""
             raise Failure(f"{self.folder / LOG}: {error}{advice}") from None
 
+    @property
+    def outcome(self) -> str | None:
+        """done or diverged, as the log says; None where there is something left to train."""
+        if self.epochs and self.epochs[-1].diverged:
+            return "diverged"
+        return "done" if self.epochs and self.epochs[-1].step >= self.config.steps else None
+
     @cached_property
     def status(self) -> str:
         """done, running, interrupted, failed, diverged or missing."""
         if self.holder is not None:
             return "running"
-        if self.epochs and self.epochs[-1].diverged:
-            return "diverged"
-        if self.epochs and self.epochs[-1].step >= self.config.steps:
-            return "done"
+        if self.outcome:
+            return self.outcome
         if (self.folder / ERROR).exists():
             return "failed"
         if self.epochs or (self.folder / ENVIRONMENT).exists() or any((self.folder / CHECKPOINTS).glob("*.pt")):

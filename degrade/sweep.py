@@ -154,8 +154,7 @@ def train_run(task: Task) -> Iterator[Progress]:
 
 def _train_run(task: Task) -> Iterator[Progress]:
     folder = task.folder
-    run = Run.open(task.study, folder)
-    if run.epochs and (run.epochs[-1].step >= task.config.steps or run.epochs[-1].diverged):
+    if Run.open(task.study, folder).outcome:
         return  # another sweep was faster
     (folder / store.ERROR).unlink(missing_ok=True)
     commit.clear_leavings(folder)
@@ -165,7 +164,7 @@ def _train_run(task: Task) -> Iterator[Progress]:
 
     state, bad = commit.read_checkpoint(folder / store.CHECKPOINTS)
     then = "starting anew" if state is None else "going on from the one before"
-    note = f"{run.folder.name}: {', '.join(bad)} damaged, {then}" if bad else ""
+    note = f"{folder.name}: {', '.join(bad)} damaged, {then}" if bad else ""
     if state is not None:
         training.restore(state)
         _write_log(folder, training)

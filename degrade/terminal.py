@@ -78,16 +78,22 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     """The comparisons of one study, in percentage points."""
     table = make_table("nets", ">depths", ">seeds", ">rise", ">95 % interval", "verdict")
     for v in verdicts:
-        between = "-" if v.low is None or v.high is None else f"{100 * v.low:+.2f} to {100 * v.high:+.2f}"
         table.add_row(
             v.block.replace("-", " - "),
             f"{v.deep} v {v.shallow}",
             str(v.seeds),
             f"{100 * v.difference:+.2f}",
-            between,
+            interval_text(v),
             Text(v.words, VERDICT_STYLES.get(v.verdict, "")),
         )
     return table
+
+
+def interval_text(verdict: Verdict) -> str:
+    """`+1.20 to +3.40`, in percentage points."""
+    if verdict.low is None or verdict.high is None:
+        return "-"
+    return f"{100 * verdict.low:+.2f} to {100 * verdict.high:+.2f}"
 
 
 def make_table(*columns: str) -> Table:
@@ -143,15 +149,13 @@ class SweepView:
 
     def _render(self) -> RenderableType:
         rows = list(self.rows.values())
-        room = max(self.console.height - 4, 3)
-        shown = rows
-        if len(rows) > room:  # what is going on first, then what is done last
-            shown = [r for r in rows if r.state == "running"] + [r for r in rows if r.state != "running"][::-1]
-            shown = [r for r in rows if r in shown[:room]]
+        room = max(self.console.height - 4, 3)  # what is going on goes first, then what comes next
+        chosen = sorted(rows, key=lambda row: ("running", "waiting").index(row.state) if row.active else 2)[:room]
+        shown = [row for row in rows if row in chosen]
         table = make_table("run", "status", ">epoch", "progress", ">train", ">test", ">left")
         for row in shown:
             table.add_row(*row.cells())
-        done = sum(row.state not in ("waiting", "running") for row in rows)
+        done = sum(not row.active for row in rows)
         left = sum(row.seconds_left for row in rows) / self.jobs
         left = max([left, *(row.seconds_left for row in rows)])
         return Group(table, Text(f"{done} of {len(rows)} runs ended, about {duration(left)} left", "bold"))
@@ -170,6 +174,11 @@ class _Row:
         self.last: Epoch | None = None
         self.start: tuple[float, int] | None = None
 
+    @property
+    def active(self) -> bool:
+        """Whether it has yet to end."""
+        return self.state in ("waiting", "running")
+
     def advance(self, progress: "Progress") -> bool:
         """Take in the progress; True where it ends an epoch that was trained just now."""
         first = self.start is None
@@ -181,7 +190,7 @@ class _Row:
 
     @property
     def seconds_left(self) -> float:
-        if self.state not in ("waiting", "running"):
+        if not self.active:
             return 0.0
         if self.start and self.step > self.start[1]:
             rate = (time.monotonic() - self.start[0]) / (self.step - self.start[1])

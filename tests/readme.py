@@ -13,15 +13,15 @@ def verdict_table() -> str:
     """What `degrade verdict` prints of the reference results, as Markdown."""
     import degrade
     from degrade.analysis.verdict import verdicts
+    from degrade.terminal import interval_text
 
     lines = ["| data | nets | depths | seeds | rise | 95 % interval | verdict |", "|---|---|---|---|---|---|---|"]
     for v in verdicts(degrade.load(ROOT / "results")):
-        between = "-" if v.low is None or v.high is None else f"{100 * v.low:+.2f} to {100 * v.high:+.2f}"
         block = v.block.replace("-", " minus ")
         data = v.study.partition("-")[0]
         lines.append(
             f"| {data} | {block} | {v.deep} v {v.shallow} | {v.seeds} | {100 * v.difference:+.2f} "
-            f"| {between} | {v.words} |"
+            f"| {interval_text(v)} | {v.words} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -98,10 +98,14 @@ def test_more_runs_than_lines_shows_those_under_way(tmp_path):
     runs = [write_run(tmp_path / "s", smoke(seed=seed), []) for seed in range(30)]
     console = Console(file=io.StringIO(), width=80, height=12, force_terminal=True)
     shown = view(runs, console)
+    for i in range(3):
+        shown.show(runs[i], Event(i, "started"))
+        shown.show(runs[i], Event(i, "done"))
     shown.show(runs[25], Event(25, "started"))
     text = Console(file=io.StringIO(), width=80)
     text.print(shown._render())
-    assert "plain-8-s25" in text.file.getvalue()
+    first = [line.split()[0] for line in text.file.getvalue().splitlines()[1:-1]]
+    assert first == [f"plain-8-s{i}" for i in (*range(3, 10), 25)]  # what comes next, and what is under way
     assert len(text.file.getvalue().splitlines()) <= 11
 
 

@@ -12,13 +12,13 @@ import numpy as np
 
 from degrade import paper
 from degrade.config import BLOCKS, DATASETS
+from degrade.store import FINISHED
 
 if TYPE_CHECKING:
     import pandas as pd
 
 MARGIN = 0.005  # a rise of at most half a percentage point does not count as degradation
 CONFIDENCE = 0.95
-FINISHED = ("done", "diverged")  # the runs that count
 CONTRAST = "plain-residual"
 
 
