@@ -13,7 +13,8 @@ from degrade.config import DATASETS, RunConfig
 from degrade.data import Images, Splits
 from degrade.evaluate import evaluate
 from degrade.sweep import Machine
-from degrade.train import Training, prepare_process
+from degrade.engine.process import prepare_process
+from degrade.train import Training
 
 EVALUATED = 256  # images
 MAX_TIMED = 16 * 1024  # batch size times width: eight batches of the paper's

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 BLOCKS = ("plain", "residual")
 SHORTCUTS = ("A", "B", "C")
 DECAYS = ("all", "conv")
-PRECISIONS = ("fp32", "tf32")
+PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 class Dataset(NamedTuple):
@@ -69,7 +69,8 @@ class RunConfig:
         momentum: of SGD, not Nesterov's.
         weight_decay: of SGD, an L2 penalty's gradient.
         decay: "all" parameters, or "conv": the weights of convolutions and the linear layer only.
-        precision: "fp32", or "tf32" (of convolutions, on GPUs that have it).
+        precision: "fp32"; "tf32" (of convolutions, on GPUs that have it); or "bf16" (of convolutions and the
+            linear layer, with weights, gradients and statistics in fp32).
 
     Raises:
         ValueError: naming the field, the rule and the value.

@@ -31,7 +31,11 @@ def make_shortcut(option: str, in_channels: int, out_channels: int, stride: int)
 
 
 class TwoLayers(nn.Module):
-    """Two 3x3 convolutions, each with BN: a block of the plain net, or of the residual net with a shortcut."""
+    """Two 3x3 convolutions, each with BN: a block of the plain net, or of the residual net with a shortcut.
+
+    The ReLU that follows a block is done by the next one, on its way in (by the net, after the last). That is
+    the same net, and faster block by block: a compiled block that ended in a ReLU would store its derivative.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: str | None):
         super().__init__()
@@ -42,11 +46,10 @@ class TwoLayers(nn.Module):
         self.shortcut = make_shortcut(shortcut, in_channels, out_channels, stride) if shortcut else None
 
     def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x)
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        if self.shortcut is not None:
-            out = out + self.shortcut(x)
-        return F.relu(out)
+        return out if self.shortcut is None else out + self.shortcut(x)
 
 
 class CifarNet(nn.Module):
@@ -69,8 +72,8 @@ class CifarNet(nn.Module):
         self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, 32, 32)
-        x = F.relu(self.bn(self.conv(x)))  # (B, width, 32, 32)
-        x = self.stages(x).mean(dim=(2, 3))  # (B, 4 width)
+        x = self.bn(self.conv(x))  # (B, width, 32, 32)
+        x = F.relu(self.stages(x)).mean(dim=(2, 3))  # (B, 4 width)
         logits: Tensor = self.linear(x)  # (B, num_classes)
         return logits
 

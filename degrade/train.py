@@ -6,7 +6,7 @@ for epoch in train(RunConfig(block="plain", depth=20, seed=0)):
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from degrade.config import RunConfig
-from degrade.data import Images, Splits, fetch, load
+from degrade.data import Splits, fetch, load
 from degrade.data.plan import Batch, SamplePlan, augment, normalise
-from degrade.evaluate import evaluate
+from degrade.engine.compiled import compile_modules
+from degrade.engine.process import autocast, set_precision
+from degrade.engine.queue import make_queue
+from degrade.evaluate import Evaluation
 from degrade.log import Epoch
-from degrade.nets import cifar_net
+from degrade.nets import TwoLayers, cifar_net
 
 
 def train(config: RunConfig, *, data_dir: Path | None = None, device: str = "cpu") -> Iterator[Epoch]:
@@ -47,16 +50,43 @@ def load_splits(config: RunConfig, data_dir: Path | None, device: torch.device |
 
 
 class Training:
-    """One run that can be stopped after any step: iterate to train, `state` and `restore` to go on later.
+    """One run that can be stopped after any step: iterate to train, `snapshot` and `restore` to go on later.
 
-    Iterating yields an `Epoch` after the last step of an epoch and None after every other step. It ends
-    after the last step, or at the end of the epoch in which the training loss stops being finite.
+    Iterating yields an `Epoch` at the end of each epoch and None after every update, and whenever there is
+    nothing to do but wait for the device. It ends after the last step, or at the end of the epoch in which
+    the training loss stops being finite.
+
+    Args:
+        config: of the run.
+        splits: the images, on the device.
+        device: where the net lives.
+        compiled: compile the blocks.
+        graphs: replay CUDA graphs, on a CUDA device; otherwise the same function is called at each step.
     """
 
-    def __init__(self, config: RunConfig, splits: Splits, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        config: RunConfig,
+        splits: Splits,
+        device: torch.device | str = "cpu",
+        *,
+        compiled: bool = False,
+        graphs: bool = True,
+    ):
         self.config = config
         self.splits = splits
         self.device = torch.device(device)
+        self.plan = SamplePlan(len(splits.train), config.batch_size, config.seed)
+        self.step = 0
+        self.epochs: list[Epoch] = []
+        self.queue = make_queue(self.device, graphs=graphs, compiled=compiled)
+        with self.queue.on():
+            self._build(compiled)
+        self._update = self.queue.capture(self._one_update, self._changed())
+        self._evaluate = {split: self.queue.capture(e.step, e.tensors) for split, e in self.evaluations.items()}
+
+    def _build(self, compiled: bool) -> None:
+        config, device = self.config, self.device
         set_precision(config.precision)
         torch.manual_seed(config.seed)
         net = cifar_net(
@@ -64,82 +94,154 @@ class Training:
             config.block,
             width=config.width,
             shortcut=config.shortcut,
-            num_classes=splits.num_classes,
+            num_classes=self.splits.num_classes,
         )
-        self.net = net.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.num_batches_tracked = None  # nobody reads it, and it costs a kernel a layer
+        self.net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if compiled:
+            compile_modules(self.net, TwoLayers)
+        # In tensors, so that a graph reads what they hold when it is replayed, not what they held once.
+        self.lr = torch.zeros((), device=device)
         self.optimizer = torch.optim.SGD(
-            parameter_groups(self.net, config.weight_decay, config.decay), lr=config.lr, momentum=config.momentum
+            parameter_groups(self.net, config.weight_decay, config.decay),
+            lr=self.lr,
+            momentum=config.momentum,
+            fused=True,
         )
-        self.plan = SamplePlan(len(splits.train), config.batch_size, config.seed)
-        self.step = 0
-        self.epochs: list[Epoch] = []
-        self.wrong = torch.zeros((), dtype=torch.int64, device=self.device)  # in this epoch's batches so far
+        for parameter in self.net.parameters():
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        # The choices and learning rates of as many updates as an epoch has, a row each, and the row of the next one.
+        rows = config.epoch_end(1)
+        self.choices = Batch(*(table.repeat(rows, 1).to(device) for table in vars(self.plan.batches(0, 1)).values()))
+        self.lrs = torch.zeros(rows, device=device)
+        self.row = torch.zeros(1, dtype=torch.int64, device=device)
+        self.filled = 0  # the step up to which they go
+        self.wrong = torch.zeros(1, dtype=torch.int64, device=device)  # in this epoch's batches so far
+        self.evaluations = {
+            name: Evaluation(self.net, split, self.splits.mean, config.precision)
+            for name, split in (("train", self.splits.train), ("test", self.splits.test), ("val", self.splits.val))
+            if len(split)
+        }
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done or the run has diverged."""
-        return self.step >= self.config.steps or bool(self.epochs and self.epochs[-1].diverged)
+        """Whether the last epoch is over or the run has diverged."""
+        return bool(self.epochs) and (self.epochs[-1].step >= self.config.steps or self.epochs[-1].diverged)
 
     def __iter__(self) -> Iterator[Epoch | None]:
         while not self.finished:
-            self.update()
             if self.step < self.config.epoch_end(len(self.epochs) + 1):
+                self.update()
                 yield None
             else:
-                self.epochs.append(self.end_epoch())
+                yield from self.end_epoch()
                 yield self.epochs[-1]
 
     def update(self) -> None:
-        """One step of SGD."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr_at(self.step)
-        x, y = training_batch(self.splits, self.plan.batch(self.step))
-        logits = self.net(x)
+        """One step of SGD; on a GPU it is only issued here."""
+        if self.step == self.filled:
+            with self.queue.on():
+                self._fill_tables()
+        self._update()
+        self.step += 1
+
+    def _one_update(self) -> None:
+        """The same for every device, and all of it in tensors: the choices, the batch, the gradient, the update."""
+        if not self.net.training:
+            self.net.train()
+        x, y = training_batch(self.splits, self.choices.row(self.row))
+        self.lr.copy_(self.lrs.index_select(0, self.row)[0])
+        with autocast(self.config.precision, self.device):
+            logits = self.net(x).float()
         self.optimizer.zero_grad()
         F.cross_entropy(logits, y).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.wrong += (logits.argmax(1) != y).sum()
-        self.step += 1
+        self.row += 1
 
-    def end_epoch(self) -> Epoch:
-        """Measure the net on every split, and start the next epoch's running count."""
-        train_loss, train_error = self.evaluate(self.splits.train)
-        test_loss, test_error = self.evaluate(self.splits.test)
-        val_loss, val_error = self.evaluate(self.splits.val) if len(self.splits.val) else (None, None)
+    def _fill_tables(self) -> None:
+        """Put the choices and learning rates of the next updates where these find them."""
+        self.filled = self.step + len(self.lrs)
+        batches = self.plan.batches(self.step, self.filled)
+        lrs = torch.tensor([self.config.lr_at(step) for step in range(self.step, self.filled)])
+        for table, values in ((self.lrs, lrs), *zip(vars(self.choices).values(), vars(batches).values(), strict=True)):
+            values = values.pin_memory() if self.device.type == "cuda" else values
+            table.copy_(values, non_blocking=True)
+        self.row.zero_()
+
+    def end_epoch(self) -> Iterator[None]:
+        """Measure the net on every split, append a row to `epochs` and start the next running count."""
+        with self.queue.on():
+            for evaluation in self.evaluations.values():
+                evaluation.start()
+        for split, evaluation in self.evaluations.items():
+            for _ in range(evaluation.batches):
+                self._evaluate[split]()
+                yield None
+        fetched = self.queue.fetch([self.wrong, *(t for e in self.evaluations.values() for t in e.tensors[1:])])
+        while not fetched.ready():
+            yield None
+        wrong, *totals = fetched.tensors
+        results = {
+            split: evaluation.result(*totals[2 * i : 2 * i + 2])
+            for i, (split, evaluation) in enumerate(self.evaluations.items())
+        }
         start = self.epochs[-1].step if self.epochs else 0
-        seen = (self.step - start) * self.config.batch_size
-        train_error_running = self.wrong.item() / seen
-        self.wrong.zero_()
-        return Epoch(
+        row = Epoch(
             epoch=len(self.epochs) + 1,
             step=self.step,
             lr=self.config.lr_at(self.step - 1),
-            train_loss=train_loss,
-            train_error=train_error,
-            train_error_running=train_error_running,
-            test_loss=test_loss,
-            test_error=test_error,
-            val_loss=val_loss,
-            val_error=val_error,
+            train_loss=results["train"][0],
+            train_error=results["train"][1],
+            train_error_running=wrong.item() / ((self.step - start) * self.config.batch_size),
+            test_loss=results["test"][0],
+            test_error=results["test"][1],
+            val_loss=results["val"][0] if "val" in results else None,
+            val_error=results["val"][1] if "val" in results else None,
         )
+        with self.queue.on():
+            self.wrong.zero_()
+        self.epochs.append(row)
 
-    def evaluate(self, split: Images) -> tuple[float, float]:
-        """Loss and error on one split."""
-        return evaluate(self.net, split.images, split.labels, self.splits.mean)
+    def _momentum(self) -> list[Tensor]:
+        return [self.optimizer.state[parameter]["momentum_buffer"] for parameter in self.net.parameters()]
+
+    def _changed(self) -> list[Tensor]:
+        """All that an update changes."""
+        return [*self.net.parameters(), *self.net.buffers(), *self._momentum(), self.lr, self.row, self.wrong]
 
     def state(self) -> bytes:
-        """Everything the rest of the run depends on. The same steps give the same bytes."""
+        """Everything the rest of the run depends on. The same steps give the same bytes, on every device alike."""
+        return self.snapshot()()
+
+    def snapshot(self) -> Callable[[], bytes]:
+        """Take the state as it is now; the function returned gives its bytes, in any thread, at any later time."""
+        net, momentum = self.net.state_dict(), self._momentum()
+        fetched = self.queue.fetch([self.wrong, *net.values(), *momentum])
         about = {
             "config": self.config.as_dict(),
             "step": self.step,
-            "wrong": self.wrong.item(),
             "epochs": [asdict(epoch) for epoch in self.epochs],
         }
-        momentum = [self.optimizer.state[p].get("momentum_buffer") for p in self.net.parameters()]
-        file = io.BytesIO()
-        # As text, since a pickle of strings and dicts depends on which of them are one object.
-        torch.save({"about": json.dumps(about), "net": self.net.state_dict(), "momentum": momentum}, file)
-        return file.getvalue()
+
+        def state() -> bytes:
+            fetched.wait()
+            wrong, *values = fetched.tensors
+            file = io.BytesIO()
+            torch.save(
+                {
+                    # As text, since a pickle of strings and dicts depends on which of them are one object.
+                    "about": json.dumps(about | {"wrong": wrong.item()}),
+                    "net": dict(zip(net, values, strict=False)),
+                    "momentum": values[len(net) :],
+                },
+                file,
+            )
+            return file.getvalue()
+
+        return state
 
     def restore(self, state: bytes) -> None:
         """Go on from `state`.
@@ -147,22 +249,22 @@ class Training:
         Raises:
             ValueError: the state is of another configuration.
         """
-        values = torch.load(io.BytesIO(state), map_location=self.device, weights_only=True)
+        values = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
         about = json.loads(values["about"])
         if RunConfig.from_dict(about["config"]) != self.config:
             raise ValueError(f"the checkpoint is not of {self.config.run_id}")
-        self.net.load_state_dict(values["net"])
-        for parameter, buffer in zip(self.net.parameters(), values["momentum"], strict=True):
-            self.optimizer.state[parameter] = {} if buffer is None else {"momentum_buffer": buffer}
-        self.step = about["step"]
-        self.wrong.fill_(about["wrong"])
+        with self.queue.on(), torch.no_grad():  # into the tensors that are there: a graph knows no others
+            for name, tensor in self.net.state_dict().items():
+                tensor.copy_(values["net"][name])
+            for buffer, value in zip(self._momentum(), values["momentum"], strict=True):
+                buffer.copy_(value)
+            self.wrong.fill_(about["wrong"])
+        self.step = self.filled = about["step"]
         self.epochs = [Epoch(**row) for row in about["epochs"]]
 
 
 def training_batch(splits: Splits, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Normalised, cropped and flipped images (B, 3, H, W) and their labels (B,)."""
-    device = splits.train.images.device
-    batch = Batch(*(choice.to(device, non_blocking=True) for choice in vars(batch).values()))
+    """Normalised, cropped and flipped images (B, 3, H, W) and their labels (B,); all on one device."""
     x = normalise(splits.train.images[batch.index], splits.mean)
     return augment(x, batch), splits.train.labels[batch.index]
 
@@ -174,17 +276,3 @@ def parameter_groups(net: nn.Module, weight_decay: float, decay: str) -> list[di
     weights = [p for p in net.parameters() if p.ndim > 1]
     others = [p for p in net.parameters() if p.ndim <= 1]
     return [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def prepare_process(threads: int) -> None:
-    """Pin what changes the bits, process-wide. Call it before anything is computed: threads take it from there on."""
-    torch.set_flush_denormal(True)
-    torch.set_num_threads(threads)
-
-
-def set_precision(precision: str) -> None:
-    """Process-wide: how GPUs that have TF32 convolve fp32 numbers, and deterministically so."""
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"  # type: ignore[attr-defined]
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False

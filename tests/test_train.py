@@ -6,8 +6,8 @@ import torch
 from conftest import smoke
 from torch import nn
 
-from degrade.data import Images, Splits, load
-from degrade.evaluate import BATCH_SIZE, evaluate
+from degrade.data import Images, load
+from degrade.evaluate import BATCH_SIZES, evaluate
 from degrade.nets import cifar_net
 from degrade.train import Training, load_splits, parameter_groups, train, training_batch
 
@@ -32,7 +32,7 @@ def epochs_of(training):
 class TestEvaluate:
     def test_error_and_loss_are_those_of_the_whole_set(self):
         torch.manual_seed(0)
-        count = 2 * BATCH_SIZE + 17  # a ragged last batch
+        count = 2 * BATCH_SIZES["cpu"] + 17  # a ragged last batch
         images = torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8)
         labels = torch.randint(10, (count,))
         mean = torch.rand(3, 8, 8)
@@ -168,13 +168,13 @@ class TestRun:
         states = [whole.state()]
         for _ in whole:
             states.append(whole.state())  # noqa: PERF401
-        assert len(states) == 25
-        for step in range(0, 24, 5):
+        assert len(states) == 1 + 24 + 3 * (2 + 1 + 1)  # updates, and 2 + 1 batches and a row each epoch
+        for moment in (0, 5, 8, 9, 11, 12, 20, 33, 35, 36):
             resumed = Training(config, splits)
-            resumed.restore(states[step])
-            assert resumed.state() == states[step]
+            resumed.restore(states[moment])
+            assert resumed.state() == states[moment]
             epochs_of(resumed)
-            assert resumed.state() == states[-1], step
+            assert resumed.state() == states[-1], moment
             assert resumed.epochs == whole.epochs
 
     def test_a_state_of_another_run_is_refused(self, splits):
@@ -211,9 +211,10 @@ class TestRun:
         config = smoke(depth=110, width=1, warmup_steps=1, lr=0.1, batch_size=2, steps=3, milestones=())
         training = Training(config, tiny(splits))
         seen = []
-        for _ in training:
-            seen.append(training.optimizer.param_groups[0]["lr"])  # noqa: PERF401
-        assert seen == [0.01, 0.1, 0.1]
+        for _ in range(3):
+            training.update()
+            seen.append(training.optimizer.param_groups[0]["lr"].item())
+        assert seen == pytest.approx([0.01, 0.1, 0.1])
 
 
 def tiny(splits):
@@ -227,9 +228,8 @@ def test_the_paper_protocol_runs_on_genuine_cifar10(cifar10_dir):
     load.cache_clear()
     splits = load_splits(config, cifar10_dir, "cpu")
     assert len(splits.train) == 50_000
-    small = Splits(splits.train, splits.val, splits.test, splits.mean, splits.num_classes)
-    training = Training(dataclasses.replace(config, batch_size=128, width=16), small)
+    training = Training(dataclasses.replace(config, batch_size=128, width=16), splits)
     training.update()
-    loss, error = training.evaluate(splits.test)
+    loss, error = evaluate(training.net, splits.test.images, splits.test.labels, splits.mean)
     assert 0 < error <= 1
     assert math.isfinite(loss)

@@ -108,7 +108,7 @@ def load(
         train = train.take(stratified(train.labels, train_images, split_seed))
     if test_images is not None:
         test = test.take(stratified(test.labels, test_images, split_seed))
-    total = train.images.sum(0, dtype=torch.int64)  # exact
+    total = sum(some.sum(0, dtype=torch.int64) for some in train.images.split(1000))  # exact; int64 takes room
     mean = (total.double() / (255 * len(train))).float()
     return Splits(train.to(device), val.to(device), test.to(device), mean.to(device), num_classes)
 

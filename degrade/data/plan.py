@@ -19,12 +19,22 @@ def random_words(seed: int, stream: int, counter: int, count: int) -> np.ndarray
 
 @dataclass(frozen=True)
 class Batch:
-    """The choices of one step, each of shape (B,): index of the image, crop offsets 0 to 8, flipped or not."""
+    """The choices of one update, each of shape (B,), or of several, (steps, B).
+
+    Args:
+        index: of the image.
+        dy, dx: offsets of the crop, 0 to 8.
+        flip: mirrored or not.
+    """
 
     index: Tensor
     dy: Tensor
     dx: Tensor
     flip: Tensor
+
+    def row(self, number: Tensor) -> "Batch":
+        """One update's choices; `number`, of shape (1,), is on the same device, and nothing waits for it."""
+        return Batch(*(choice.index_select(0, number)[0] for choice in vars(self).values()))
 
 
 class SamplePlan:
@@ -50,16 +60,20 @@ class SamplePlan:
 
     def batch(self, step: int) -> Batch:
         """The choices of update `step`, counted from 0, on the CPU."""
-        position = step * self.batch_size + np.arange(self.batch_size)
+        return self.batches(step, step + 1).row(torch.zeros(1, dtype=torch.int64))
+
+    def batches(self, start: int, stop: int) -> Batch:
+        """The choices of updates `start` (counted from 0) to `stop`, not included, a row an update, on the CPU."""
+        position = np.arange(start * self.batch_size, stop * self.batch_size)
         number, place = np.divmod(position, self.images)
-        index = np.concatenate([self._permutation(n)[place[number == n]] for n in np.unique(number)])
-        words = random_words(self.seed, AUGMENT, step, self.batch_size)
+        index = np.concatenate([self._permutation(n)[place[number == n]] for n in range(number[0], number[-1] + 1)])
+        words = np.concatenate([random_words(self.seed, AUGMENT, step, self.batch_size) for step in range(start, stop)])
         offsets = 2 * PAD + 1
         # Three disjoint ranges of bits of each word; modulo 9 of 24 bits is even to 1 in 10^6.
         dy = ((words >> np.uint64(40)) % offsets).astype(np.int64)
         dx = (((words >> np.uint64(16)) & np.uint64(0xFFFFFF)) % offsets).astype(np.int64)
         flip = (words & np.uint64(1)).astype(bool)
-        return Batch(*(torch.from_numpy(array) for array in (index, dy, dx, flip)))
+        return Batch(*(torch.from_numpy(choice).view(-1, self.batch_size) for choice in (index, dy, dx, flip)))
 
 
 def normalise(images: Tensor, mean: Tensor) -> Tensor:

@@ -6,52 +6,56 @@ import os
 import signal
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any
 
-from degrade.execute import Error, Event
+from degrade.execute import Crowded, Error, Event
 
-Function = Callable[[Any], Iterator[Any]]
+Function = Callable[[Any, str], Iterator[Any]]
 
 
-def execute(function: Function, items: Sequence[Any], jobs: int) -> Iterator[Event]:
-    """Run `function(item)`, a generator, for every item, `jobs` at a time and in the order given.
+def execute(function: Function, items: Sequence[Any], places: Sequence[str], pack: int = 1) -> Iterator[Event]:
+    """Run `function(item, place)`, a generator, for every item, in the order given.
 
-    With one job this happens in this process; otherwise in `jobs` processes that take one item after
-    the other. A process that dies fails its item and is replaced. Closing the iterator ends them all,
-    and so does the death of this process. `function`, the items and what is yielded must be picklable.
+    Each place runs `pack` items at a time, which take turns in one thread, from one value to the next. One
+    place is this process; of several, each has a process of its own. A process that dies fails its items
+    and is replaced. Closing the iterator ends them all, and so does the death of this process.
+    `function`, the items and what is yielded must be picklable. None is yielded to give up a turn.
 
     Yields:
         Events of the items, interleaved; for each item "started", any number of "value", then "done" or "failed".
     """
-    if jobs == 1:
-        for index, item in enumerate(items):
-            yield from _run(function, index, item)
+    waiting = deque(enumerate(items))
+    if len(places) == 1:
+        turns = _Turns(function, places[0], pack)
+        try:
+            while waiting or turns.active:
+                while waiting and turns.room:
+                    yield turns.start(*waiting.popleft())
+                for event in turns.round():
+                    if event.kind == "waiting":
+                        waiting.appendleft((event.item, items[event.item]))
+                    yield event
+        finally:
+            turns.close()
         return
-    waiting = list(enumerate(items))[::-1]
-    workers = [_Worker(function) for _ in range(min(jobs, len(items)))]
-    busy: dict[connection.Connection, _Worker] = {}
+    workers = [_Worker(function, place, pack) for place in places[: len(items)]]
     try:
-        for worker in workers:
-            if waiting:
-                worker.give(*waiting.pop())
-                busy[worker.pipe] = worker
-        while busy:
+        while waiting or any(worker.items for worker in workers):
+            for worker in sorted(workers, key=lambda worker: len(worker.items)):
+                if waiting and worker.room:
+                    worker.give(*waiting.popleft())
+            busy = {worker.pipe: worker for worker in workers if worker.items}
             for pipe in connection.wait(list(busy)):
                 worker = busy[pipe]  # type: ignore[index]
-                event = worker.next_event()
-                yield event
-                if event.kind not in ("done", "failed"):
-                    continue
-                del busy[worker.pipe]
-                if waiting:
-                    if not worker.process.is_alive():
-                        workers.remove(worker)
-                        worker = _Worker(function)
-                        workers.append(worker)
-                    worker.give(*waiting.pop())
-                    busy[worker.pipe] = worker
+                for event in worker.events():
+                    if event.kind == "waiting":
+                        waiting.appendleft((event.item, items[event.item]))
+                    yield event
+                if not worker.process.is_alive() and not worker.items:
+                    workers[workers.index(worker)] = _Worker(function, worker.place, pack)
     finally:
         for worker in workers:
             worker.process.terminate()
@@ -61,45 +65,89 @@ def execute(function: Function, items: Sequence[Any], jobs: int) -> Iterator[Eve
             worker.process.join()
 
 
-def _run(function: Function, index: int, item: Any) -> Iterator[Event]:
-    yield Event(index, "started")
-    try:
-        for value in function(item):
-            yield Event(index, "value", value)
-    except Exception as error:  # handed on whole: to the caller here, through the pipe elsewhere
-        name, message = type(error).__name__, str(error)
-        if isinstance(error, OSError) and error.strerror:
-            name, message = "OSError", ": ".join(filter(None, (str(error.filename or ""), error.strerror)))
-        yield Event(index, "failed", Error(name, message, traceback.format_exc()))
-    else:
-        yield Event(index, "done")
+class _Turns:
+    """Generators that take turns: the packed items of one place."""
+
+    def __init__(self, function: Function, place: str, pack: int):
+        self.function, self.place, self.pack = function, place, pack
+        self.active: dict[int, Iterator[Any]] = {}
+
+    @property
+    def room(self) -> bool:
+        return len(self.active) < self.pack
+
+    def start(self, index: int, item: Any) -> Event:
+        self.active[index] = self.function(item, self.place)
+        return Event(index, "started")
+
+    def round(self) -> Iterator[Event]:
+        """One turn of each item."""
+        for index in list(self.active):
+            try:
+                value = next(self.active[index])
+            except StopIteration:
+                del self.active[index]
+                yield Event(index, "done")
+            except Exception as error:  # handed on whole: to the caller here, through the pipe elsewhere
+                del self.active[index]
+                if isinstance(error, Crowded) and self.active:
+                    self.pack = len(self.active)
+                    yield Event(index, "waiting", self.pack)
+                else:
+                    yield Event(index, "failed", _describe(error))
+            else:
+                if value is not None:
+                    yield Event(index, "value", value)
+
+    def close(self) -> None:
+        for generator in self.active.values():
+            generator.close()  # type: ignore[attr-defined]
+
+
+def _describe(error: Exception) -> Error:
+    name, message = type(error).__name__, str(error)
+    if isinstance(error, OSError) and error.strerror:
+        name, message = "OSError", ": ".join(filter(None, (str(error.filename or ""), error.strerror)))
+    return Error(name, message, "".join(traceback.format_exception(error)))
 
 
 class _Worker:
-    """A process that runs the items it is given, one at a time."""
+    """A process that runs the items it is given, `pack` at a time."""
 
-    def __init__(self, function: Function):
+    def __init__(self, function: Function, place: str, pack: int):
         context = multiprocessing.get_context("spawn")
+        self.place, self.pack = place, pack
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, function), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, function, place, pack), daemon=True)
         with _ignoring_sigint():  # inherited: Ctrl-C goes to the whole group, and the parent ends its workers
             self.process.start()
         theirs.close()
-        self.index = -1
+        self.items: list[int] = []
+
+    @property
+    def room(self) -> bool:
+        return len(self.items) < self.pack
 
     def give(self, index: int, item: Any) -> None:
-        self.index = index
-        self.pipe.send((index, item))
+        self.items.append(index)
+        with contextlib.suppress(BrokenPipeError):  # it has died, which the next event will tell
+            self.pipe.send((index, item))
 
-    def next_event(self) -> Event:
+    def events(self) -> list[Event]:
+        """The next event, or, once the process has died, how each of its items ended."""
         try:
             event: Event = self.pipe.recv()
-            return event
         except (EOFError, ConnectionResetError):
             self.process.join()
             code = self.process.exitcode or 0
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            return Event(self.index, "failed", Error("", f"its process {how}", ""))
+            lost, self.items = self.items, []
+            return [Event(index, "failed", Error("", f"its process {how}", "")) for index in lost]
+        if event.kind in ("done", "failed", "waiting"):
+            self.items.remove(event.item)
+        if event.kind == "waiting":
+            self.pack = event.value
+        return [event]
 
 
 @contextlib.contextmanager
@@ -114,14 +162,16 @@ def _ignoring_sigint() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _work(pipe: connection.Connection, function: Function) -> None:
+def _work(pipe: connection.Connection, function: Function, place: str, pack: int) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    turns = _Turns(function, place, pack)
     while True:
-        try:
-            index, item = pipe.recv()
-        except EOFError:
-            return
-        for event in _run(function, index, item):
+        while not turns.active or pipe.poll():
+            try:
+                pipe.send(turns.start(*pipe.recv()))
+            except EOFError:
+                return
+        for event in turns.round():
             pipe.send(event)
 
 
