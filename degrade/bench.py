@@ -3,61 +3,122 @@
 import heapq
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from degrade.config import DATASETS, RunConfig
+from degrade.config import DATASETS, PROTOCOLS, RunConfig
 from degrade.data import Images, Splits
-from degrade.evaluate import evaluate
-from degrade.sweep import Machine
 from degrade.engine.process import prepare_process
+from degrade.evaluate import BATCH_SIZES
+from degrade.sweep import Machine, training_flops
 from degrade.train import Training
 
-EVALUATED = 256  # images
 MAX_TIMED = 16 * 1024  # batch size times width: eight batches of the paper's
 
 
 class Speed(NamedTuple):
-    """Seconds an update takes, and seconds an evaluated image takes."""
+    """Seconds an update takes, seconds an evaluated image takes, and seconds until the first update can start."""
 
     step: float
     image: float
+    start_up: float
 
 
-def measure(config: RunConfig, device: str, threads: int, *, repeats: int = 3) -> Speed:
+def measure(config: RunConfig, device: str, threads: int, *, compiled: bool = False, repeats: int = 3) -> Speed:
     """Time a few updates and evaluations of this net on made-up images: medians, after one of each to warm up."""
     prepare_process(threads)
-    classes = DATASETS[config.dataset].num_classes
-    pixels = torch.randint(256, (EVALUATED, 3, 32, 32), dtype=torch.uint8, device=device)
-    labels = torch.randint(classes, (EVALUATED,), device=device)
-    images = Images(pixels, labels)
-    none = Images(pixels[:0], labels[:0])
-    splits = Splits(images, none, images, torch.zeros(3, 32, 32, device=device), classes)
-    training = Training(config, splits, device)
+    start = time.perf_counter()
+    training = _training(config, device, compiled)
+    start_up = time.perf_counter() - start
     step = _median_seconds(training.update, device, repeats)
-    image = _median_seconds(lambda: evaluate(training.net, pixels, labels, splits.mean), device, repeats) / EVALUATED
-    return Speed(step, image)
+
+    def evaluate() -> None:
+        for _ in training.evaluate():
+            pass
+
+    return Speed(step, _median_seconds(evaluate, device, repeats) / (2 * len(training.splits.test)), start_up)
+
+
+def measure_packed(configs: Sequence[RunConfig], device: str, *, compiled: bool = False, rounds: int = 20) -> float:
+    """Seconds in which each of these nets makes one update, when they take turns on one GPU."""
+    trainings = [_training(config, device, compiled) for config in configs]
+
+    def some() -> None:
+        for _ in range(rounds):
+            for training in trainings:
+                training.update()
+
+    return _median_seconds(some, device, 3) / rounds
+
+
+def matmul_flops(device: str, threads: int, precision: str = "fp32") -> float:
+    """Floating-point operations a second of a large matrix product: what the hardware gives in practice at its best."""
+    prepare_process(threads)
+    size = 2048 if torch.device(device).type == "cpu" else 8192
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    seconds = _median_seconds(lambda: torch.mm(a, b), device, 11)
+    torch.backends.cuda.matmul.fp32_precision = before
+    return 2 * size**3 / seconds
+
+
+def measurements(configs: Sequence[RunConfig], machine: Machine) -> Iterator[dict[str, Any]]:
+    """`degrade bench`: a record for each net, timed alone in one process as a sweep runs it.
+
+    Errors of timing apart, a sweep takes as long as its updates and evaluations; `paper_seconds` and
+    `short_seconds` are those of one run under these protocols.
+    """
+    device = machine.places[0]
+    peak = matmul_flops(device, machine.threads, configs[0].precision)
+    for config in configs:
+        compiled = machine.compiles(config)
+        speed = measure(config, device, machine.threads, compiled=compiled)
+        whole = {
+            f"{protocol}_seconds": _run_seconds(replace(config, **PROTOCOLS[protocol]), speed)
+            for protocol in ("paper", "short")
+        }
+        yield {
+            "depth": config.depth,
+            "block": config.block,
+            "device": device,
+            "threads": machine.threads,
+            "precision": config.precision,
+            "compiled": compiled,
+            "milliseconds_per_step": 1000 * speed.step,
+            "train_images_per_second": config.batch_size / speed.step,
+            "evaluation_images_per_second": 1 / speed.image,
+            "fraction_of_matmul_peak": training_flops(config) / config.steps / speed.step / peak,
+            "matmul_flops_per_second": peak,
+            "start_up_seconds": speed.start_up,
+        } | whole
 
 
 def estimate(configs: Sequence[RunConfig], machine: Machine) -> dict[str, float]:
     """Seconds each whole run will take, by run id, from timing depths 8 and 20: the time is a straight line in depth.
 
-    Takes a few seconds itself. Batches of very wide nets, or very large ones, are timed in part, to spare memory.
+    Takes a few seconds itself, so nothing is compiled for it: compiled runs will be somewhat faster. Batches of
+    very wide nets, or very large ones, are timed in part, to spare memory.
     """
     batch_size = min(configs[0].batch_size, max(MAX_TIMED // configs[0].width, 1))
     scale = configs[0].batch_size / batch_size
     timed = replace(configs[0], batch_size=batch_size)
-    short, long = (measure(replace(timed, depth=depth), machine.device, machine.threads) for depth in (8, 20))
+    short, long = (measure(replace(timed, depth=depth), machine.places[0], machine.threads) for depth in (8, 20))
     seconds = {}
     for config in configs:
         share = (config.depth - 8) / 12
-        step, image = (max(a + share * (b - a), 0.0) for a, b in zip(short, long, strict=True))
-        images = config.training_set_size + config.test_set_size + config.val_images
-        seconds[config.run_id] = config.steps * step * scale + config.epochs * images * image
+        step, image, start_up = (max(a + share * (b - a), 0.0) for a, b in zip(short, long, strict=True))
+        seconds[config.run_id] = _run_seconds(config, Speed(step * scale, image, start_up))
     return seconds
+
+
+def _run_seconds(config: RunConfig, speed: Speed) -> float:
+    images = config.training_set_size + config.test_set_size + config.val_images
+    return speed.start_up + config.steps * speed.step + config.epochs * images * speed.image
 
 
 def makespan(seconds: Sequence[float], jobs: int) -> float:
@@ -66,6 +127,17 @@ def makespan(seconds: Sequence[float], jobs: int) -> float:
     for duration in seconds:
         heapq.heappush(ends, heapq.heappop(ends) + duration)
     return max(ends)
+
+
+def _training(config: RunConfig, device: str, compiled: bool) -> Training:
+    classes = DATASETS[config.dataset].num_classes
+    count = 2 * BATCH_SIZES.get(torch.device(device).type, 128)
+    pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, device=device)
+    labels = torch.randint(classes, (count,), device=device)
+    images = Images(pixels, labels)
+    none = Images(pixels[:0], labels[:0])
+    splits = Splits(images, none, images, torch.zeros(3, 32, 32, device=device), classes)
+    return Training(config, splits, device, compiled=compiled)
 
 
 def _median_seconds(function: Callable[[], object], device: str, repeats: int) -> float:

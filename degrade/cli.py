@@ -120,8 +120,10 @@ def sweep(
         Path | None, typer.Option(help="Where the data are.", show_default="$DEGRADE_DATA, else ~/.cache/degrade")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
-    jobs: Annotated[str, typer.Option(help="Runs at a time; auto: one a core, on a CPU.")] = "auto",
-    threads: Annotated[str, typer.Option(help="CPU threads a run; auto: the cores shared out.")] = "auto",
+    jobs: Annotated[str, typer.Option(help="Processes; auto: one a core, or one a GPU.")] = "auto",
+    threads: Annotated[str, typer.Option(help="CPU threads each; auto: the cores shared out.")] = "auto",
+    pack: Annotated[str, typer.Option(help="Runs at a time in a process; auto: on a GPU as many as fit.")] = "auto",
+    compiled: Annotated[str, typer.Option("--compile", help="on, off, or auto: the long runs.")] = "auto",
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Resume failed runs too.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
     steps: Annotated[int | None, _field(_whole, "Updates; milestones move to half and 3/4.")] = None,
@@ -140,7 +142,9 @@ def sweep(
     val_images: Annotated[int | None, _field(_whole, "Hold this many training images out.")] = None,
     test_images: Annotated[int | None, _field(_whole, "Test on this many images.")] = None,
     split_seed: Annotated[int | None, _field(_whole, "Which images those are.")] = None,
-    precision: Annotated[str | None, _field(str, "fp32 or tf32.", show_default="tf32 on GPUs that have it")] = None,
+    precision: Annotated[
+        str | None, _field(str, "fp32, tf32 or bf16.", show_default="tf32 on GPUs that have it")
+    ] = None,
 ) -> None:
     """Train a grid of nets: every depth, block and seed. The same command again goes on where it stopped.
 
@@ -188,15 +192,14 @@ def sweep(
     folder = _study_folder(out, name)
     there = store.Study.open(folder) if (folder / store.STUDY).exists() else None
     wanted.setdefault("precision", there.shared["precision"] if there else engine.default_precision(device))
-    if wanted["precision"] == "tf32" and not engine.has_tf32(device):
-        raise ValueError(f"precision tf32 needs a GPU that has it; device is {device}")
     configs = _configs(grid, dataset, protocol_fields(protocol, wanted))
+    _check_precision(configs[0].precision, device)
     chosen = there or store.Study(folder, folder.name, protocol, configs[0].shared())
     chosen.check(configs)
-    machine = engine.resolve_machine(device, _auto(jobs, "--jobs"), _auto(threads, "--threads"), len(configs))
     runs = engine.find_runs(chosen, configs)
     passed_over = [*store.FINISHED, "running", *([] if retry_failed else ["failed"])]
     todo = [run for run in runs if run.status not in passed_over]
+    machine = _machine(device, configs if todo else [], jobs, threads, pack, compiled)
 
     from degrade import bench
 
@@ -230,12 +233,46 @@ def _print_plan(folder: Path, runs: Sequence[store.Run], seconds: dict[str, floa
     console.print(terminal.plan_table(runs, left))
     if not left:
         return
-    wall = bench.makespan(list(left.values()), machine.jobs)
-    how = f"{machine.device}, {_count(machine.jobs, 'run')} at a time, {_count(machine.threads, 'thread')} each"
-    _say(f"About {terminal.duration(wall)} on this machine: {how}")
+    wall = bench.makespan(list(left.values()), machine.jobs)  # packing shares one GPU: it gains, but how much?
+    _say(f"About {terminal.duration(wall)} on this machine: {_how(machine)}")
     short = PROTOCOLS["short"]["steps"] / runs[0].config.steps
     if wall > LONG and short < 1:
         _say(f"Too long? --protocol short takes about {terminal.duration(wall * short)}")
+
+
+def _check_precision(precision: str, device: str) -> None:
+    from degrade.sweep import has_precision
+
+    if not has_precision(device, precision):
+        where = "a GPU that has it" if precision == "tf32" else "a CPU, or a GPU that has it"
+        raise ValueError(f"precision {precision} needs {where}; device is {device}")
+
+
+def _machine(device: str, configs: Sequence[RunConfig], jobs: str, threads: str, pack: str, compiled: str) -> "Machine":
+    """The machine as the flags ask for it; what cannot be had is said in a line."""
+    from degrade.sweep import resolve_machine
+
+    machine, note = resolve_machine(
+        device,
+        configs,
+        jobs=_auto(jobs, "--jobs"),
+        threads=_auto(threads, "--threads"),
+        pack=_auto(pack, "--pack"),
+        compiled=compiled,
+    )
+    if note:
+        _note(note)
+    return machine
+
+
+def _how(machine: "Machine") -> str:
+    jobs, threads = _count(machine.jobs * machine.pack, "run"), _count(machine.threads, "thread")
+    packed = f" ({machine.pack} to a GPU)" if machine.pack > 1 else ""
+    return f"{machine.device}, {jobs} at a time{packed}, {threads} each"
+
+
+def _note(text: str) -> None:
+    print(f"degrade: {text}", file=sys.stderr)
 
 
 def _say(text: str) -> None:
@@ -252,6 +289,7 @@ def _train(
 ) -> None:
     """Fetch the data and train, shown live; exit 130 on Ctrl-C and 143 on SIGTERM, resumable."""
     from degrade import data
+    from degrade.sweep import commit_interval
     from degrade.sweep import sweep as events
 
     def terminate(*_: object) -> None:
@@ -261,12 +299,13 @@ def _train(
     folder = data_dir or data.default_data_dir()
     try:
         data.fetch(str(study.shared["dataset"]), folder)
-        with terminal.SweepView(console, todo, seconds, machine.jobs) as view:
+        with terminal.SweepView(console, todo, seconds, machine.jobs * machine.pack) as view:
             for run, event in events(study, todo, machine, folder):
                 view.show(run, event)
     except (KeyboardInterrupt, Terminated) as stop:
         code = 143 if isinstance(stop, Terminated) else 130
-        _exit("stopped; the same command goes on from the last checkpoints, at most 10 s back", code)
+        back = f"{commit_interval(machine.device):.0f} s"
+        _exit(f"stopped; the same command goes on from the last checkpoints, at most {back} back", code)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -364,6 +403,60 @@ def verdict(
         for run in study.runs:
             if run.status not in store.FINISHED:
                 _say(f"left out: {run.folder.name} ({run.status})")
+
+
+@app.command()
+def bench(
+    depths: Annotated[str, typer.Option(help="6n+2.")] = "20,32,44,56,110",
+    blocks: Annotated[str, typer.Option(help="plain, residual.")] = "plain,residual",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    jobs: Annotated[str, typer.Option(help="As for sweep.")] = "auto",
+    threads: Annotated[str, typer.Option(help="As for sweep.")] = "auto",
+    pack: Annotated[str, typer.Option(help="As for sweep.")] = "auto",
+    compiled: Annotated[str, typer.Option("--compile", help="As for sweep.")] = "auto",
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, tf32 or bf16.", show_default="tf32 on GPUs that have it")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As a list of objects.")] = False,
+) -> None:
+    """Time the nets on this machine, and say how long the paper's protocol and the short one would take.
+
+    Each net is timed alone, on made-up images, with the threads it has in a sweep; a matrix product is the yardstick.
+
+    Example: degrade bench --depths 20,56
+    """
+    grid = {
+        "depth": _distinct(_numbers(depths, "--depths"), "depths", int),
+        "block": _distinct(_list(blocks, "--blocks"), "blocks", str),
+        "seed": [0],
+    }
+    _configs(grid, "cifar10", {"precision": precision or "fp32"})
+
+    from degrade import bench as timing
+    from degrade import sweep as engine
+
+    device = engine.resolve_device(device)
+    configs = _configs(grid, "cifar10", {"precision": precision or engine.default_precision(device)})
+    _check_precision(configs[0].precision, device)
+    machine = _machine(device, configs, jobs, threads, pack, compiled)
+    records = []
+    for record in timing.measurements(configs, machine):
+        records.append(record)
+        if console.is_terminal and not as_json:
+            _say(f"{record['block']}-{record['depth']}: {record['milliseconds_per_step']:.3g} ms a step")
+    if as_json:
+        print(json.dumps(records, indent=2))
+        return
+    peak = records[0]["matmul_flops_per_second"]
+    _say(f"{_how(machine)}, {configs[0].precision}, batch {configs[0].batch_size}")
+    _say(f"matrix product: {peak / 1e9:,.0f} GFLOP/s on {_count(machine.threads, 'thread')} (100 % below)")
+    console.print(terminal.bench_table(records))
+    for protocol in ("paper", "short"):
+        wall = timing.makespan(sorted((r[f"{protocol}_seconds"] for r in records), reverse=True), machine.jobs)
+        _say(f"{protocol}: about {terminal.duration(wall)} for these {_count(len(records), 'net')}, one seed each")
+    if machine.pack > 1:
+        taken = timing.measure_packed(configs[: machine.pack], machine.places[0], compiled=records[0]["compiled"])
+        _say(f"{machine.pack} packed on one GPU: {1000 * taken:.3g} ms for a step of each")
 
 
 def _load(results: Path) -> Any:

@@ -47,9 +47,11 @@ class TwoLayers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(x)
-        out = F.relu(self.bn1(self.conv1(x)))
+        out: Tensor = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return out if self.shortcut is None else out + self.shortcut(x)
+        if self.shortcut is not None:
+            out = out + self.shortcut(x)
+        return out
 
 
 class CifarNet(nn.Module):

@@ -6,6 +6,7 @@ import re
 import subprocess
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,17 +21,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import degrade
 from degrade import commit, store
 from degrade.config import RunConfig
+from degrade.engine.compiled import why_not
+from degrade.engine.process import prepare_process
 from degrade.errors import Failure
 from degrade.execute import Crowded, Event
 from degrade.execute.local import execute
 from degrade.log import Epoch, to_csv
 from degrade.nets import cifar_net
 from degrade.store import Run, Study, to_json
-from degrade.engine.compiled import why_not
-from degrade.engine.process import prepare_process
 from degrade.train import Training, load_splits
 
-COMMIT_SECONDS = {"cpu": 10.0, "cuda": 30.0}  # what a kill costs at most; a commit takes some 20 ms
 REPORT_SECONDS = 0.25
 COMPILED_FROM = 30e12  # floating-point operations of a run: minutes on a core, and compiling costs ten seconds or so
 MAX_PACK = 10  # the nets of the paper
@@ -46,7 +46,7 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """One run, as it is handed to whatever process trains it. `commit_seconds` None: as often as the device calls for."""
+    """One run, as it is handed to whatever process trains it. Without `commit_seconds`, the device decides them."""
 
     study: str
     folder: Path
@@ -103,6 +103,11 @@ def resolve_device(device: str) -> str:
         found = ", ".join(f"{name} ({count})" for name, count in there.items() if count)
         raise ValueError(f"device must be auto or one that is there: {found}; got {device!r}")
     return device
+
+
+def commit_interval(device: str) -> float:
+    """Seconds between commits, which is what a kill costs at most. A commit takes some 20 ms."""
+    return 30.0 if device.startswith("cuda") else 10.0
 
 
 def default_precision(device: str) -> str:
@@ -175,7 +180,8 @@ def training_flops(config: RunConfig) -> float:
         net = cifar_net(config.depth, config.block, width=config.width, shortcut=config.shortcut)
         with FlopCounterMode(display=False) as counter:
             net(torch.empty(1, 3, 32, 32))
-    return 3.0 * counter.get_total_flops() * config.batch_size * config.steps
+    forward: int = counter.get_total_flops()
+    return 3.0 * forward * config.batch_size * config.steps
 
 
 def find_runs(study: Study, configs: Sequence[RunConfig]) -> list[Run]:
@@ -266,38 +272,34 @@ def _train_run(task: Task, device: str) -> Iterator[Progress | None]:
     clock.start_up(training.step, last.epoch if last else 0)
     yield Progress(training.step, last, note)
 
-    interval = task.commit_seconds
-    if interval is None:
-        interval = COMMIT_SECONDS.get(training.device.type, 10.0)
+    interval = commit_interval(device) if task.commit_seconds is None else task.commit_seconds
     committed = reported = time.monotonic()
     # A thread of its own: a run on a GPU, and those packed beside it, go on while the disk is busy.
     with ThreadPoolExecutor(1, "writer") as writer:
-        writing: Future[None] | None = None
+        writing: deque[Future[None]] = deque()
         for epoch in training:
             now = time.monotonic()
             if epoch:
                 clock.end_epoch(epoch)
                 last = epoch
-            if writing and writing.done():
-                writing.result()  # or its error
-                writing = None
-            if training.finished or (now - committed >= interval and not writing):
-                if writing:
-                    writing.result()
-                writing = writer.submit(
-                    _commit, folder, task.config, training.step, list(training.epochs), training.snapshot()
-                )
+            while writing and writing[0].done():
+                writing.popleft().result()  # or its error
+            due = now - committed >= interval and (epoch or not writing)
+            if due or training.finished:
+                state = training.snapshot()
+                writing.append(writer.submit(_commit, folder, task.config, training.step, list(training.epochs), state))
                 committed = now
             if epoch or now - reported >= REPORT_SECONDS:
                 yield Progress(training.step, last)
                 reported = now
             else:
                 yield None
-        while writing and not writing.done():
-            yield None
-            time.sleep(0.001)
-        if writing:
-            writing.result()
+        while writing:
+            if writing[0].done():
+                writing.popleft().result()
+            else:
+                yield None
+                time.sleep(0.001)
 
 
 def _commit(folder: Path, config: RunConfig, step: int, epochs: list[Epoch], state: Callable[[], bytes]) -> None:
@@ -305,7 +307,7 @@ def _commit(folder: Path, config: RunConfig, step: int, epochs: list[Epoch], sta
     _write_log(folder, config, epochs)
 
 
-def _write_log(folder: Path, config: RunConfig, epochs: Sequence[Epoch]) -> None:
+def _write_log(folder: Path, config: RunConfig, epochs: list[Epoch]) -> None:
     """Bring log.csv in line with the checkpoint just committed."""
     if epochs:
         commit.write_file(folder / store.LOG, to_csv(epochs, validation=config.val_images > 0).encode())

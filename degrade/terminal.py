@@ -96,6 +96,23 @@ def interval_text(verdict: Verdict) -> str:
     return f"{100 * verdict.low:+.2f} to {100 * verdict.high:+.2f}"
 
 
+def bench_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """`degrade bench`"""
+    table = make_table("net", ">ms/step", ">train img/s", ">eval img/s", ">of peak", ">start-up", ">paper", ">short")
+    for row in records:
+        table.add_row(
+            f"{row['block']}-{row['depth']}",
+            f"{row['milliseconds_per_step']:.3g}",
+            f"{row['train_images_per_second']:,.0f}",
+            f"{row['evaluation_images_per_second']:,.0f}",
+            f"{100 * row['fraction_of_matmul_peak']:.0f} %",
+            f"{row['start_up_seconds']:.1f} s",
+            duration(row["paper_seconds"]),
+            duration(row["short_seconds"]),
+        )
+    return table
+
+
 def make_table(*columns: str) -> Table:
     """A plain table; `>` before a heading aligns its column to the right."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
@@ -137,6 +154,9 @@ class SweepView:
         elif event.kind == "failed":
             row.state = "elsewhere" if event.value.type == "Held" else "failed"
             self.line(f"{row.label}: {event.value}")
+        elif event.kind == "waiting":
+            row.state = "waiting"
+            self.line(f"{row.label}: no room beside the others; {event.value} at a time from here on")
         elif event.kind == "started":
             row.state = "running"
         else:

@@ -171,8 +171,8 @@ class Training:
             table.copy_(values, non_blocking=True)
         self.row.zero_()
 
-    def end_epoch(self) -> Iterator[None]:
-        """Measure the net on every split, append a row to `epochs` and start the next running count."""
+    def evaluate(self) -> Iterator[None]:
+        """Measure the net on every split; on a GPU it is only issued here, a batch at a time."""
         with self.queue.on():
             for evaluation in self.evaluations.values():
                 evaluation.start()
@@ -180,6 +180,10 @@ class Training:
             for _ in range(evaluation.batches):
                 self._evaluate[split]()
                 yield None
+
+    def end_epoch(self) -> Iterator[None]:
+        """Measure the net, append a row to `epochs` and start the next running count."""
+        yield from self.evaluate()
         fetched = self.queue.fetch([self.wrong, *(t for e in self.evaluations.values() for t in e.tensors[1:])])
         while not fetched.ready():
             yield None

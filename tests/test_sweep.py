@@ -48,7 +48,12 @@ def reference(data_dir, tmp_path_factory):
 
 
 def task(run, data_dir, commit_seconds=0.0):
-    return Task(run.study, run.folder, run.config, data_dir, "cpu", 1, commit_seconds)
+    return Task(run.study, run.folder, run.config, data_dir, 1, commit_seconds=commit_seconds)
+
+
+def train(task):
+    """What `train_run` has to say."""
+    return (progress for progress in train_run(task, "cpu") if progress)
 
 
 def new_run(folder, config):
@@ -97,7 +102,7 @@ class TestResume:
     def test_dropped_after_any_report_it_goes_on_from_the_last_commit(self, reference, data_dir, tmp_path, block):
         run = new_run(tmp_path / "shapes-smoke", smoke(block, depth=14))
         for _ in range(100):
-            for _ in zip(range(2), train_run(task(run, data_dir)), strict=False):
+            for _ in zip(range(2), train(task(run, data_dir)), strict=False):
                 pass  # dropped after the second report
             if store.Run.open(run.study, run.folder).status == "done":
                 break
@@ -105,23 +110,23 @@ class TestResume:
 
     def test_a_damaged_checkpoint_is_named_and_passed_over(self, reference, data_dir, tmp_path):
         run = new_run(tmp_path / "shapes-smoke", smoke(depth=14))
-        steps = train_run(task(run, data_dir))
+        steps = train(task(run, data_dir))
         while next(steps).step < 16:
             pass
         steps.close()
         newest = max((run.folder / store.CHECKPOINTS).iterdir())
         newest.write_bytes(newest.read_bytes()[:-100])
-        first, *_ = train_run(task(run, data_dir))
+        first, *_ = train(task(run, data_dir))
         assert first.note == f"{run.folder.name}: {newest.name} damaged, going on from the one before"
         assert first.step < 16
         assert digests(tmp_path)[run.folder.name] == digests(reference)[run.folder.name]
 
     def test_threads_are_kept_from_the_start(self, data_dir, tmp_path):
         run = new_run(tmp_path / "s", smoke())
-        next(train_run(task(run, data_dir)))
+        next(train(task(run, data_dir)))
         import dataclasses
 
-        again = train_run(dataclasses.replace(task(run, data_dir), threads=2))
+        again = train(dataclasses.replace(task(run, data_dir), threads=2))
         list(again)
         assert store.read_json(run.folder / store.ENVIRONMENT)["threads"] == 1
 
@@ -141,7 +146,11 @@ def any_running(out):
 def test_signals_end_it_within_five_seconds_resumable(data_dir, tmp_path, number, code, jobs):
     arguments = ("--steps", "100000", "--jobs", jobs, "--study", "long")
     process = subprocess.Popen(
-        command(data_dir, tmp_path, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(data_dir, tmp_path, *arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
     )
     for line in process.stdout:
         if "epoch 1/" in line:
@@ -195,7 +204,7 @@ class TestTroubledRuns:
         def broken(self):
             if self.config.block == "plain":
                 raise RuntimeError("the net is on fire\nin two lines")
-            return end_epoch(self)
+            yield from end_epoch(self)
 
         end_epoch = Training.end_epoch
         monkeypatch.setattr(Training, "end_epoch", broken)
@@ -243,12 +252,12 @@ class TestTroubledRuns:
     def test_a_run_held_by_another_process_is_left_to_it(self, data_dir, tmp_path):
         run = new_run(tmp_path / "s", smoke())
         with commit.hold(run.folder / store.LOCK), pytest.raises(commit.Held, match=f"held by process {os.getpid()}"):
-            next(train_run(task(run, data_dir)))
+            next(train(task(run, data_dir)))
 
     def test_a_run_another_sweep_has_finished_is_not_trained_again(self, data_dir, tmp_path):
         run = new_run(tmp_path / "s", smoke())
-        assert list(train_run(task(run, data_dir)))
-        assert list(train_run(task(run, data_dir))) == []
+        assert list(train(task(run, data_dir)))
+        assert list(train(task(run, data_dir))) == []
 
     def test_missing_data_fail_no_run(self, tmp_path):
         import dataclasses
@@ -256,7 +265,7 @@ class TestTroubledRuns:
         config = dataclasses.replace(smoke(), dataset="cifar10")
         run = new_run(tmp_path / "s", config)
         with pytest.raises(Failure, match="CIFAR-10 is missing"):
-            next(train_run(task(run, tmp_path / "nowhere")))
+            next(train(task(run, tmp_path / "nowhere")))
         assert store.Run.open("s", run.folder).status == "interrupted"
 
 
@@ -266,7 +275,7 @@ def test_the_clock_is_in_timing_csv_alone(reference):
             continue
         header, *rows = (folder / store.TIMING).read_text().splitlines()
         assert header == "epoch,step,seconds,ended"
-        assert [row.split(",")[:2] for row in rows] == [["1", "8"], ["2", "16"], ["3", "24"]]
+        assert [row.split(",")[:2] for row in rows] == [["0", "0"], ["1", "8"], ["2", "16"], ["3", "24"]]
         environment = store.read_json(folder / store.ENVIRONMENT)
         assert {"torch", "threads", "device", "commit", "python"} <= set(environment)
         assert str(Path.home()) not in (folder / store.ENVIRONMENT).read_text()
@@ -276,6 +285,10 @@ def test_the_longest_runs_come_first(tmp_path):
     configs = [smoke(depth=depth, seed=seed) for seed in (0, 1) for depth in (8, 20, 14)]
     runs = find_runs(Study(tmp_path, "s", "smoke", configs[0].shared()), configs)
     assert [run.config.depth for run in runs] == [20, 20, 14, 14, 8, 8]
+
+
+def grid(runs):
+    return [smoke(seed=seed) for seed in range(runs)]
 
 
 class TestMachine:
@@ -295,13 +308,13 @@ class TestMachine:
         ],
     )
     def test_auto_shares_out_the_cores(self, asked, runs, got):
-        machine = resolve_machine("cpu", *asked, runs)
+        machine, _ = resolve_machine("cpu", grid(runs), jobs=asked[0], threads=asked[1])
         assert (machine.jobs, machine.threads) == got
 
     @pytest.mark.parametrize(("jobs", "threads", "name"), [(0, None, "jobs"), (None, 0, "threads")])
     def test_none_is_refused(self, jobs, threads, name):
         with pytest.raises(ValueError, match=f"{name} must be from 1 to 1024; got 0"):
-            resolve_machine("cpu", jobs, threads, 1)
+            resolve_machine("cpu", grid(1), jobs=jobs, threads=threads)
 
     @pytest.mark.parametrize("device", ["gpu", "cuda:99", "", "cpu:1", "xla"])
     def test_a_device_that_is_not_there(self, device):

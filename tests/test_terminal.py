@@ -135,9 +135,9 @@ class TestEstimate:
         """One millisecond a layer and update, a tenth of it a layer and image."""
         self.timed = []
 
-        def measure(config, *_):
+        def measure(config, *_, **__):
             self.timed.append(config)
-            return bench.Speed(0.001 * config.depth, 0.0001 * config.depth)
+            return bench.Speed(0.001 * config.depth, 0.0001 * config.depth, 0.0)
 
         monkeypatch.setattr(bench, "measure", measure)
 

@@ -108,7 +108,8 @@ def load(
         train = train.take(stratified(train.labels, train_images, split_seed))
     if test_images is not None:
         test = test.take(stratified(test.labels, test_images, split_seed))
-    total = sum(some.sum(0, dtype=torch.int64) for some in train.images.split(1000))  # exact; int64 takes room
+    parts = torch.split(train.images, 1000)  # as int64, which is exact, all at once would take a gigabyte
+    total = torch.stack([part.sum(0, dtype=torch.int64) for part in parts]).sum(0)
     mean = (total.double() / (255 * len(train))).float()
     return Splits(train.to(device), val.to(device), test.to(device), mean.to(device), num_classes)
 

@@ -1,1 +1,1 @@
-"""How a step of tensors is issued to a device: at once, compiled, or as a CUDA graph. Nothing here knows what it does."""
+"""How a function of tensors reaches a device: at once, compiled, or as a CUDA graph; whatever the function does."""

@@ -1,12 +1,16 @@
 """torch.compile, a block at a time, with no fallback that nobody sees."""
 
 import logging
+import threading
 from functools import lru_cache
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA, it warns; that is no news here
+
+tqdm.set_lock(threading.RLock())  # torch's progress bar would make a semaphore, and a killed process leave it behind
 
 SHAPES = 256  # of blocks, times training or not: far more than any process needs; torch gives up at 8
 
