@@ -37,8 +37,8 @@ figures: $(READY)  ## Redraw the figures of the reference results
 	$(BIN)/degrade plot results
 	$(BIN)/python tests/readme.py
 
-bench: $(READY)  ## Milliseconds per step on this machine, side by side
-	$(BIN)/python benchmarks/step.py
+bench: $(READY)  ## The engine beside the public loop on this machine (needs DEGRADE_DATA)
+	$(BIN)/python benchmarks/compare.py
 
 soak: $(READY)  ## The tests that repeat: kill and resume many times over
 	$(BIN)/python -m pytest -m soak

@@ -21,7 +21,20 @@ ROOT = Path(__file__).parent.parent
 
 WORDS = st.sampled_from(
     [
-        *("sweep", "show", "plot", "verdict", "--help", "--version", "--json", "--csv", "--dry-run", "--retry-failed"),
+        *(
+            "sweep",
+            "show",
+            "plot",
+            "verdict",
+            "--help",
+            "--pack",
+            "--compile",
+            "--version",
+            "--json",
+            "--csv",
+            "--dry-run",
+            "--retry-failed",
+        ),
         *("--depths", "--blocks", "--seeds", "--dataset", "--protocol", "--study", "--device", "--jobs", "--threads"),
         *("--steps", "--lr", "--width", "--milestones", "--val-images", "--batch-size", "--decay", "--formats"),
         *("20", "8,14", "20,,56", "21", "0", "-1", "1e9", "nan", "plain", "residual", "shapes", "smoke", "cpu", "auto"),
@@ -133,7 +146,7 @@ class TestSweep:
         from degrade import sweep as engine
 
         monkeypatch.setattr(bench, "estimate", lambda configs, _: {c.run_id: 60.0 for c in configs})
-        monkeypatch.setattr(engine, "has_tf32", lambda _: True)
+        monkeypatch.setattr(engine, "has_precision", lambda *_: True)
         arguments = (
             "sweep",
             "--depths",
@@ -155,6 +168,45 @@ class TestSweep:
         assert begun.run_id in cli(*arguments).stdout
         result = cli(*arguments, "--precision", "tf32", "--study", "other")
         assert tf32.run_id in result.stdout
+
+    def test_packed_runs_are_the_runs_alone(self, cli, tmp_path, data_dir):
+        for out, pack in (("alone", "1"), ("packed", "3")):
+            arguments = sweep_arguments(tmp_path / out, data_dir, "--depths", "8,14,20", "--threads", "1")
+            result = cli(*arguments, "--pack", pack)
+            assert result.exit_code == 0
+        assert "3 runs at a time (3 to a GPU)" in result.stdout
+        alone, packed = (
+            {p.parent.name: (p.read_text(), max((p.parent / "checkpoints").iterdir()).name) for p in found}
+            for found in ((tmp_path / out).rglob("log.csv") for out in ("alone", "packed"))
+        )
+        assert len(alone) == 3
+        assert alone == packed
+
+    def test_how_it_is_computed_is_stored_and_kept(self, cli, tmp_path, data_dir):
+        arguments = sweep_arguments(tmp_path, data_dir, "--depths", "8")
+        assert cli(*arguments, "--compile", "on").exit_code == 0
+        folder = tmp_path / "shapes-smoke" / smoke().run_id
+        assert store.read_json(folder / "environment.json")["compiled"] is True
+        compiled = (folder / "log.csv").read_text()
+        for path in [folder / "log.csv", *(folder / "checkpoints").iterdir()]:
+            path.unlink()
+        assert cli(*arguments, "--compile", "off").exit_code == 0  # it began compiled, and so it goes on
+        assert (folder / "log.csv").read_text() == compiled
+
+    def test_without_a_compiler_a_line_says_so_and_it_goes_on(self, cli, tmp_path, data_dir, monkeypatch):
+        from degrade import sweep as engine
+
+        monkeypatch.setattr(engine, "why_not", lambda _: "no C++ compiler")
+        monkeypatch.setattr(engine, "COMPILED_FROM", 1)
+        arguments = sweep_arguments(tmp_path, data_dir, "--depths", "8")
+        result = cli(*arguments)
+        assert result.exit_code == 0
+        assert result.stderr == "degrade: not compiled, since that does not work here: no C++ compiler\n"
+        folder = tmp_path / "shapes-smoke" / smoke().run_id
+        assert store.read_json(folder / "environment.json")["compiled"] is False
+        refused = cli(*arguments, "--compile", "on", "--seeds", "1")
+        assert refused.exit_code == 2
+        assert refused.stderr == "degrade: compile on needs a compiler that works: no C++ compiler\n"
 
     def test_a_failed_run_is_skipped_until_retried(self, cli, tmp_path, data_dir):
         run = write_run(tmp_path / "shapes-smoke", smoke(), [])
@@ -218,6 +270,10 @@ class TestBadInput:
             (["--depths", "20", "--lr", "nan"], "lr must be a finite number of at least 0; got nan"),
             (["--depths", "20", "--jobs", "0"], "jobs must be from 1 to 1024; got 0"),
             (["--depths", "20", "--jobs", "-1"], "--jobs must be auto or a whole number of at least 1; got '-1'"),
+            (["--depths", "20", "--pack", "0"], "pack must be from 1 to 1024; got 0"),
+            (["--depths", "20", "--pack", "many"], "--pack must be auto or a whole number of at least 1; got 'many'"),
+            (["--depths", "20", "--compile", "maybe"], "compile must be auto, on or off; got 'maybe'"),
+            (["--depths", "20", "--precision", "fp8"], "precision must be one of fp32, tf32, bf16; got 'fp8'"),
             (["--depths", "20", "--threads", "all"], "--threads must be auto or a whole number"),
             (["--depths", "20", "--device", "cuda:7"], "device must be auto or one that is there"),
             (["--depths", "20", "--study", "../up"], "a study's name must be up to 100 of"),
@@ -312,6 +368,42 @@ class TestBadInput:
         result = cli("plot", results, "--formats", "png,gif")
         assert result.exit_code == 2
         assert "--formats must be of png, svg, pdf; got 'gif'" in result.stderr
+
+
+class TestBench:
+    def test_as_json(self, cli):
+        result = cli("bench", "--depths", "8,14", "--blocks", "plain", "--threads", "1", "--compile", "off", "--json")
+        assert result.exit_code == 0
+        first, second = json.loads(result.stdout)
+        assert (first["depth"], second["depth"], first["block"]) == (8, 14, "plain")
+        assert first["train_images_per_second"] > second["train_images_per_second"] > 0
+        assert first["evaluation_images_per_second"] > first["train_images_per_second"]
+        assert first["train_images_per_second"] == pytest.approx(128_000 / first["milliseconds_per_step"])
+        assert 0.02 < second["fraction_of_matmul_peak"] < 1.5
+        assert first["paper_seconds"] > 20 * first["short_seconds"]
+        assert not first["compiled"]
+
+    def test_as_a_table(self, cli):
+        result = cli("bench", "--depths", "8", "--blocks", "plain", "--jobs", "1", "--compile", "off", "--pack", "2")
+        assert result.exit_code == 0
+        assert "plain-8" in result.stdout
+        assert "GFLOP/s" in result.stdout
+        assert "paper: about" in result.stdout
+        assert max(map(len, result.stdout.splitlines())) <= 80 or "About" in result.stdout
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--depths", "21"], "depth must be 6n+2"),
+            (["--device", "cuda:7"], "device must be auto or one that is there"),
+            (["--jobs", "-1"], "--jobs must be auto or a whole number"),
+            (["--precision", "tf32", "--device", "cpu"], "precision tf32 needs a GPU that has it"),
+        ],
+    )
+    def test_bad_input(self, cli, arguments, message):
+        result = cli("bench", *arguments)
+        assert result.exit_code == 2
+        assert message in result.stderr
 
 
 class TestShow:

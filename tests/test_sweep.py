@@ -1,5 +1,6 @@
 """Sweeps in processes of their own, as a user starts them: killed, resumed, run twice."""
 
+import dataclasses
 import hashlib
 import os
 import random
@@ -9,16 +10,29 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import smoke
 
 from degrade import commit, store
+from degrade.config import PROTOCOLS, RunConfig
 from degrade.errors import Failure
 from degrade.log import from_csv
 from degrade.store import Study
-from degrade.sweep import Machine, Task, find_runs, resolve_device, resolve_machine, sweep, train_run
+from degrade.sweep import (
+    Machine,
+    Task,
+    find_runs,
+    resolve_device,
+    resolve_machine,
+    sweep,
+    train_run,
+    training_flops,
+)
+from degrade.train import Training
 
 SOAK = 40  # kills in `make soak`
 SWEEP = ["sweep", "--depths", "8,14", "--blocks", "plain,residual", "--dataset", "shapes", "--protocol", "smoke"]
@@ -124,8 +138,6 @@ class TestResume:
     def test_threads_are_kept_from_the_start(self, data_dir, tmp_path):
         run = new_run(tmp_path / "s", smoke())
         next(train(task(run, data_dir)))
-        import dataclasses
-
         again = train(dataclasses.replace(task(run, data_dir), threads=2))
         list(again)
         assert store.read_json(run.folder / store.ENVIRONMENT)["threads"] == 1
@@ -199,8 +211,6 @@ class TestTroubledRuns:
         }
 
     def test_a_failed_run_is_a_visible_row_and_the_rest_go_on(self, data_dir, tmp_path, monkeypatch):
-        from degrade.train import Training
-
         def broken(self):
             if self.config.block == "plain":
                 raise RuntimeError("the net is on fire\nin two lines")
@@ -240,6 +250,42 @@ class TestTroubledRuns:
         self.events(study, [config], data_dir)
         assert digests(tmp_path)[run.folder.name] == digests(reference)[run.folder.name]
 
+    def test_out_of_gpu_memory_fewer_run_at_a_time_and_nothing_is_lost(
+        self, reference, data_dir, tmp_path, monkeypatch
+    ):
+        """Room for two nets: the third waits until one is done, and is no failed run."""
+        build = Training._build
+        alive = weakref.WeakSet()
+
+        def crowded(self, compiled):
+            if len(alive) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            alive.add(self)
+            build(self, compiled)
+
+        monkeypatch.setattr(Training, "_build", crowded)
+        configs = [smoke(block, depth) for block in ("plain", "residual") for depth in (8, 14)]
+        study = Study(tmp_path / "shapes-smoke", "shapes-smoke", "smoke", configs[0].shared())
+        events = [
+            event
+            for _, event in sweep(study, find_runs(study, configs), Machine("cpu", 1, 1, pack=4), data_dir)
+            if event.kind != "value"
+        ]
+        assert [event.value for event in events if event.kind == "waiting"] == [3, 2]
+        assert sum(event.kind == "done" for event in events) == 4
+        assert not any(tmp_path.rglob(store.ERROR))
+        assert digests(tmp_path) == digests(reference)
+
+    def test_no_room_even_alone_is_one_line_and_no_failed_run(self, data_dir, tmp_path, monkeypatch):
+        def crowded(self, compiled):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+
+        monkeypatch.setattr(Training, "_build", crowded)
+        study = Study(tmp_path / "s", "s", "smoke", smoke().shared())
+        (event,) = self.events(study, [smoke()], data_dir).values()
+        assert str(event.value) == "no room on cpu: CUDA out of memory"
+        assert [run.status for run in Study.open(tmp_path / "s").runs] == ["interrupted"]
+
     def test_a_diverged_run_is_a_visible_row(self, data_dir, tmp_path):
         config = smoke(lr=1e30)
         study = Study(tmp_path / "s", "s", "smoke", config.shared())
@@ -260,8 +306,6 @@ class TestTroubledRuns:
         assert list(train(task(run, data_dir))) == []
 
     def test_missing_data_fail_no_run(self, tmp_path):
-        import dataclasses
-
         config = dataclasses.replace(smoke(), dataset="cifar10")
         run = new_run(tmp_path / "s", config)
         with pytest.raises(Failure, match="CIFAR-10 is missing"):
@@ -315,6 +359,34 @@ class TestMachine:
     def test_none_is_refused(self, jobs, threads, name):
         with pytest.raises(ValueError, match=f"{name} must be from 1 to 1024; got 0"):
             resolve_machine("cpu", grid(1), jobs=jobs, threads=threads)
+
+    def test_long_runs_are_compiled_and_short_ones_are_not(self):
+        machine = Machine("cpu", 1, 1, compiled="auto")
+        paper = RunConfig(block="plain", depth=20, seed=0)
+        assert machine.compiles(paper)
+        assert machine.compiles(dataclasses.replace(paper, **PROTOCOLS["short"]))
+        assert not machine.compiles(dataclasses.replace(paper, **PROTOCOLS["demo"]))
+        assert not Machine("cpu", 1, 1, compiled="off").compiles(paper)
+        assert Machine("cpu", 1, 1, compiled="on").compiles(smoke())
+
+    def test_floating_point_operations(self):
+        """41 million multiply-adds for ResNet-20 and 126 for ResNet-56, as the literature has it."""
+        for depth, millions in ((20, 41), (56, 126), (110, 253)):
+            config = RunConfig(block="residual", depth=depth, seed=0)
+            assert training_flops(config) / (64_000 * 128 * 3 * 2) == pytest.approx(millions * 1e6, rel=0.02)
+
+    @pytest.mark.parametrize(("free", "pack"), [(1, 1), (16, 6), (139, 10)])
+    def test_as_many_runs_to_a_gpu_as_fit_and_a_process_a_gpu(self, monkeypatch, free, pack):
+        """The ten nets of the paper on one GPU with so many GiB free, and on two."""
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * 2**30, free * 2**30))
+        nets = [RunConfig(block="plain", depth=depth, seed=seed) for depth in (110, 56) for seed in range(5)]
+        for gpus in (1, 2):
+            monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+            machine, _ = resolve_machine("cuda", nets, compiled="off")
+            assert machine.places == ["cuda:0", "cuda:1"][:gpus]
+            assert machine.pack == min(pack, 10 // gpus)
+        assert resolve_machine("cuda:1", nets, compiled="off")[0].places == ["cuda:1"]
+        assert resolve_machine("cuda", nets, pack=4, jobs=3, compiled="off")[0].places == ["cuda:0", "cuda:1", "cuda:0"]
 
     @pytest.mark.parametrize("device", ["gpu", "cuda:99", "", "cpu:1", "xla"])
     def test_a_device_that_is_not_there(self, device):

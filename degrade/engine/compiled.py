@@ -23,11 +23,14 @@ def compile_modules(net: nn.Module, kind: type[nn.Module]) -> None:
     Raises, in a call:
         RuntimeError: the code cannot be compiled as a whole, or more often than `SHAPES` times.
     """
-    import torch._dynamo  # not an attribute of torch until something compiles
+    import torch._dynamo  # neither is an attribute of torch until something compiles
+    import torch._inductor
 
     torch._dynamo.config.recompile_limit = SHAPES
     torch._dynamo.config.accumulated_recompile_limit = SHAPES
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    if hasattr(torch._inductor.config, "deterministic"):  # kernels chosen by timing would differ between processes
+        torch._inductor.config.deterministic = True
     for module in net.modules():
         if isinstance(module, kind):
             module.compile(fullgraph=True, dynamic=False)

@@ -69,8 +69,8 @@ class GraphQueue(Queue):
         return self.cuda.stream(self.stream)  # type: ignore[no-any-return]
 
     def capture(self, function: Callable[[], None], changed: Sequence[Tensor]) -> Callable[[], None]:
-        with self.on(), preserved(changed):
-            for _ in range(WARM_UP):
+        for _ in range(WARM_UP):
+            with self.on(), preserved(changed):  # each from the same place: there may be no third batch
                 function()
         graph = self.cuda.CUDAGraph()
         # Other runs' threads may go on writing their checkpoints meanwhile.
