@@ -286,8 +286,9 @@ def _train_run(task: Task, device: str) -> Iterator[Progress | None]:
                 writing.popleft().result()  # or its error
             due = now - committed >= interval and (epoch or not writing)
             if due or training.finished:
-                state = training.snapshot()
-                writing.append(writer.submit(_commit, folder, task.config, training.step, list(training.epochs), state))
+                snapshot = training.snapshot()
+                epochs = list(training.epochs)
+                writing.append(writer.submit(_commit, folder, task.config, training.step, epochs, snapshot))
                 committed = now
             if epoch or now - reported >= REPORT_SECONDS:
                 yield Progress(training.step, last)

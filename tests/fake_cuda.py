@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+UNDECLARED = ("running_mean", "running_var")  # native_batch_norm's schema does not say that it writes them
 
 
 class CUDAGraph(TorchDispatchMode):
@@ -26,7 +27,8 @@ class CUDAGraph(TorchDispatchMode):
             raise RuntimeError(f"operation not permitted when stream is capturing: {function}")
         named = dict(zip((argument.name for argument in function._schema.arguments), args, strict=False)) | kwargs
         for argument in function._schema.arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write:
+            declared = argument.alias_info is not None and argument.alias_info.is_write
+            if declared or argument.name in UNDECLARED:
                 written = tree_flatten(named.get(argument.name))[0]
                 self.before += [(tensor, tensor.detach().clone()) for tensor in written]
         results = function(*args, **kwargs)
