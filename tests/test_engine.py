@@ -1,6 +1,8 @@
 """What keeps a fast engine honest: each faster path against the simple one."""
 
 import copy
+import json
+import statistics
 import subprocess
 import sys
 
@@ -223,21 +225,22 @@ class TestMemory:
             "torch.set_num_threads(1)\n"
             "config = RunConfig(block='residual', depth=20, seed=0, dataset='shapes')\n"
             "training = Training(config, load_splits(config, Path(sys.argv[2]), 'cpu'))\n"
-            "for _ in range(4): training.update()\n"
-            "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-            "for _ in range(4): training.update()\n"
-            "print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 4)\n"
+            "faults = [0]\n"
+            "for _ in range(14):\n"
+            "    training.update()\n"
+            "    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
+            "print([after - before for before, after in zip(faults, faults[1:])][6:])\n"
         )
         faults = {
-            how: int(
+            how: json.loads(
                 subprocess.run(
                     [sys.executable, "-c", script, how, str(data_dir)], check=True, capture_output=True, text=True
                 ).stdout
             )
             for how in ("kept", "as it is")
         }
-        assert faults["as it is"] > 2000
-        assert faults["kept"] < 0.1 * faults["as it is"]
+        assert statistics.mean(faults["as it is"]) > 1000
+        assert statistics.median(faults["kept"]) < 50
 
     def test_another_c_library_is_left_alone(self, monkeypatch):
         monkeypatch.setattr("ctypes.CDLL", lambda _: object())
