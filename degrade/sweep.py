@@ -1,5 +1,6 @@
 """A sweep: the grid of runs, less what is finished, executed and stored."""
 
+import gc
 import os
 import platform
 import re
@@ -250,6 +251,7 @@ def train_run(task: Task, device: str) -> Iterator[Progress | None]:
 
 
 def _train_run(task: Task, device: str) -> Iterator[Progress | None]:
+    gc.collect()  # the nets of runs that have ended refer to themselves, and hold their memory until then
     folder = task.folder
     if Run.open(task.study, folder).outcome:
         return  # another sweep was faster
