@@ -31,27 +31,27 @@ def measure(config: RunConfig, device: str, threads: int, *, compiled: bool = Fa
     """Time a few updates and evaluations of this net on made-up images: medians, after one of each to warm up."""
     prepare_process(threads)
     start = time.perf_counter()
-    training = _training(config, device, compiled)
+    training = on_noise(config, device, compiled=compiled)
     start_up = time.perf_counter() - start
-    step = _median_seconds(training.update, device, repeats)
+    step = median_seconds(training.update, device, repeats)
 
     def evaluate() -> None:
         for _ in training.evaluate():
             pass
 
-    return Speed(step, _median_seconds(evaluate, device, repeats) / (2 * len(training.splits.test)), start_up)
+    return Speed(step, median_seconds(evaluate, device, repeats) / (2 * len(training.splits.test)), start_up)
 
 
 def measure_packed(configs: Sequence[RunConfig], device: str, *, compiled: bool = False, rounds: int = 20) -> float:
     """Seconds in which each of these nets makes one update, when they take turns on one GPU."""
-    trainings = [_training(config, device, compiled) for config in configs]
+    trainings = [on_noise(config, device, compiled=compiled) for config in configs]
 
     def some() -> None:
         for _ in range(rounds):
             for training in trainings:
                 training.update()
 
-    return _median_seconds(some, device, 3) / rounds
+    return median_seconds(some, device, 3) / rounds
 
 
 def matmul_flops(device: str, threads: int, precision: str = "fp32") -> float:
@@ -62,7 +62,7 @@ def matmul_flops(device: str, threads: int, precision: str = "fp32") -> float:
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    seconds = _median_seconds(lambda: torch.mm(a, b), device, 11)
+    seconds = median_seconds(lambda: torch.mm(a, b), device, 11)
     torch.backends.cuda.matmul.fp32_precision = before
     return 2 * size**3 / seconds
 
@@ -129,7 +129,8 @@ def makespan(seconds: Sequence[float], jobs: int) -> float:
     return max(ends)
 
 
-def _training(config: RunConfig, device: str, compiled: bool) -> Training:
+def on_noise(config: RunConfig, device: str, *, compiled: bool = False, graphs: bool = True) -> Training:
+    """A run on a few made-up images."""
     classes = DATASETS[config.dataset].num_classes
     count = 2 * BATCH_SIZES.get(torch.device(device).type, 128)
     pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, device=device)
@@ -137,10 +138,11 @@ def _training(config: RunConfig, device: str, compiled: bool) -> Training:
     images = Images(pixels, labels)
     none = Images(pixels[:0], labels[:0])
     splits = Splits(images, none, images, torch.zeros(3, 32, 32, device=device), classes)
-    return Training(config, splits, device, compiled=compiled)
+    return Training(config, splits, device, compiled=compiled, graphs=graphs)
 
 
-def _median_seconds(function: Callable[[], object], device: str, repeats: int) -> float:
+def median_seconds(function: Callable[[], object], device: str, repeats: int) -> float:
+    """Of that many calls after one that is not counted, each to its end on the device."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()

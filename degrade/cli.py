@@ -443,20 +443,26 @@ def bench(
     for record in timing.measurements(configs, machine):
         records.append(record)
         if console.is_terminal and not as_json:
-            _say(f"{record['block']}-{record['depth']}: {record['milliseconds_per_step']:.3g} ms a step")
+            step = terminal.milliseconds(record["milliseconds_per_step"])
+            _say(f"{record['block']}-{record['depth']}: {step} ms a step")
     if as_json:
         print(json.dumps(records, indent=2))
         return
     peak = records[0]["matmul_flops_per_second"]
     _say(f"{_how(machine)}, {configs[0].precision}, batch {configs[0].batch_size}")
-    _say(f"matrix product: {peak / 1e9:,.0f} GFLOP/s on {_count(machine.threads, 'thread')} (100 % below)")
+    _say(f"matrix product: {peak / 1e9:,.0f} GFLOP/s on {_count(machine.threads, 'thread')} (the peak below)")
+    _say("train/s and eval/s: images a second")
     console.print(terminal.bench_table(records))
-    for protocol in ("paper", "short"):
-        wall = timing.makespan(sorted((r[f"{protocol}_seconds"] for r in records), reverse=True), machine.jobs)
-        _say(f"{protocol}: about {terminal.duration(wall)} for these {_count(len(records), 'net')}, one seed each")
+    together = 1.0
     if machine.pack > 1:
         taken = timing.measure_packed(configs[: machine.pack], machine.places[0], compiled=records[0]["compiled"])
-        _say(f"{machine.pack} packed on one GPU: {1000 * taken:.3g} ms for a step of each")
+        together = 1000 * taken / sum(record["milliseconds_per_step"] for record in records[: machine.pack])
+        step = terminal.milliseconds(1000 * taken)
+        _say(f"{machine.pack} packed: {step} ms for a step of each, {100 * together:.0f} % of what they take alone")
+    for protocol in ("paper", "short"):
+        wall = timing.makespan(sorted((r[f"{protocol}_seconds"] for r in records), reverse=True), machine.jobs)
+        nets = _count(len(records), "net")
+        _say(f"{protocol}: about {terminal.duration(together * wall)} for these {nets}, one seed each")
 
 
 def _load(results: Path) -> Any:

@@ -35,6 +35,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
+def milliseconds(value: float) -> str:
+    """To three digits: `0.712`, `27.3`, `1,090`."""
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"
+
+
 def label(config: RunConfig) -> str:
     """The run id without its hash, which all runs of a study can do without."""
     return f"{config.block}-{config.depth}-s{config.seed}"
@@ -98,11 +103,11 @@ def interval_text(verdict: Verdict) -> str:
 
 def bench_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """`degrade bench`"""
-    table = make_table("net", ">ms/step", ">train img/s", ">eval img/s", ">of peak", ">start-up", ">paper", ">short")
+    table = make_table("net", ">ms/step", ">train/s", ">eval/s", ">of peak", ">start-up", ">paper", ">short")
     for row in records:
         table.add_row(
             f"{row['block']}-{row['depth']}",
-            f"{row['milliseconds_per_step']:.3g}",
+            milliseconds(row["milliseconds_per_step"]),
             f"{row['train_images_per_second']:,.0f}",
             f"{row['evaluation_images_per_second']:,.0f}",
             f"{100 * row['fraction_of_matmul_peak']:.0f} %",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from degrade import commit, store
 from degrade.cli import app
 from degrade.config import PROTOCOLS, RunConfig
+from degrade.sweep import training_flops
 
 ROOT = Path(__file__).parent.parent
 
@@ -376,20 +377,19 @@ class TestBench:
         assert result.exit_code == 0
         first, second = json.loads(result.stdout)
         assert (first["depth"], second["depth"], first["block"]) == (8, 14, "plain")
-        assert first["train_images_per_second"] > second["train_images_per_second"] > 0
-        assert first["evaluation_images_per_second"] > first["train_images_per_second"]
+        assert first["evaluation_images_per_second"] > 0
         assert first["train_images_per_second"] == pytest.approx(128_000 / first["milliseconds_per_step"])
-        assert 0.02 < second["fraction_of_matmul_peak"] < 1.5
+        flops = second["fraction_of_matmul_peak"] * second["matmul_flops_per_second"]
+        step = training_flops(RunConfig(block="plain", depth=14, seed=0)) / 64_000
+        assert flops * second["milliseconds_per_step"] / 1000 == pytest.approx(step)
         assert first["paper_seconds"] > 20 * first["short_seconds"]
         assert not first["compiled"]
 
     def test_as_a_table(self, cli):
-        result = cli("bench", "--depths", "8", "--blocks", "plain", "--jobs", "1", "--compile", "off", "--pack", "2")
+        result = cli("bench", "--depths", "8", "--jobs", "1", "--compile", "off", "--pack", "2")
         assert result.exit_code == 0
-        assert "plain-8" in result.stdout
-        assert "GFLOP/s" in result.stdout
-        assert "paper: about" in result.stdout
-        assert max(map(len, result.stdout.splitlines())) <= 80 or "About" in result.stdout
+        for said in ("plain-8", "residual-8", "GFLOP/s", "2 packed: ", "paper: about", "short: about"):
+            assert said in result.stdout
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

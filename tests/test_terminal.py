@@ -8,7 +8,7 @@ from degrade import bench
 from degrade.execute import Error, Event
 from degrade.log import Epoch
 from degrade.sweep import Machine, Progress
-from degrade.terminal import SweepView, duration, percent, plan_table, runs_table
+from degrade.terminal import SweepView, bench_table, duration, milliseconds, percent, plan_table, runs_table
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,29 @@ from degrade.terminal import SweepView, duration, percent, plan_table, runs_tabl
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_milliseconds():
+    assert [milliseconds(value) for value in (0.71234, 27.31, 99.7, 1090.4)] == ["0.712", "27.3", "100", "1,090"]
+
+
+def test_a_bench_fits_a_narrow_terminal():
+    record = {
+        "block": "residual",
+        "depth": 110,
+        "milliseconds_per_step": 12345.6,
+        "train_images_per_second": 187654.0,
+        "evaluation_images_per_second": 1987654.0,
+        "fraction_of_matmul_peak": 0.912,
+        "start_up_seconds": 12.34,
+        "paper_seconds": 1e6,
+        "short_seconds": 12345.0,
+    }
+    text = Console(file=io.StringIO(), width=80)
+    text.print(bench_table([record]))
+    shown = text.file.getvalue().splitlines()
+    for text in ("residual-110", "12,346", "187,654", "1,987,654", "91 %", "12.3 s", "11.6 days", "3.4 h"):
+        assert text in shown[1]
 
 
 def test_percent():
