@@ -180,7 +180,7 @@ class TestCompiled:
                 written = 1 if type(training.queue) is WarmQueue else norms
                 assert batch_norms(training.update) == written
                 batches = sum(evaluation.batches for evaluation in training.evaluations.values())
-                assert batch_norms(lambda: list(training.evaluate())) == written * batches
+                assert batch_norms(lambda training=training: list(training.evaluate())) == written * batches
 
     def test_too_many_shapes_are_an_error_not_a_fallback(self, monkeypatch):
         torch._dynamo.reset()
