@@ -29,7 +29,7 @@ class Speed(NamedTuple):
 
 def measure(config: RunConfig, device: str, threads: int, *, compiled: bool = False, repeats: int = 3) -> Speed:
     """Time a few updates and evaluations of this net on made-up images: medians, after one of each to warm up."""
-    prepare_process(threads)
+    prepare_process(threads, device)
     start = time.perf_counter()
     training = on_noise(config, device, compiled=compiled)
     start_up = time.perf_counter() - start
@@ -56,7 +56,7 @@ def measure_packed(configs: Sequence[RunConfig], device: str, *, compiled: bool 
 
 def matmul_flops(device: str, threads: int, precision: str = "fp32") -> float:
     """Floating-point operations a second of a large matrix product: what the hardware gives in practice at its best."""
-    prepare_process(threads)
+    prepare_process(threads, device)
     size = 2048 if torch.device(device).type == "cpu" else 8192
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.randn(2, size, size, device=device).to(dtype)

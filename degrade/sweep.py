@@ -260,7 +260,7 @@ def _train_run(task: Task, device: str) -> Iterator[Progress | None]:
     commit.clear_leavings(folder / store.CHECKPOINTS)
     environment = _environment(task, device)
     clock = _Clock(folder / store.TIMING)
-    prepare_process(environment["threads"])
+    prepare_process(environment["threads"], device)
     splits = load_splits(task.config, task.data_dir, device)
     training = Training(task.config, splits, device, compiled=environment.get("compiled", False))
 

@@ -247,6 +247,14 @@ class TestMemory:
         keep_memory()
 
 
+def test_a_gpu_named_by_number_is_the_current_one(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for device in ("cpu", "cuda:1", "cuda:0"):
+        prepare_process(1, device)
+    assert taken == ["cuda:1", "cuda:0"]
+
+
 class TestPrecision:
     def test_bf16_trains_with_weights_in_fp32(self, splits):
         training = finish(Training(smoke("residual", precision="bf16"), splits))

@@ -11,18 +11,23 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
-def prepare_process(threads: int) -> None:
-    """Pin what changes the bits, process-wide. Call it before anything is computed: threads take it from there on."""
+def prepare_process(threads: int, device: str = "cpu") -> None:
+    """Pin what changes the bits, process-wide. Call it before anything is computed: threads take it from there on.
+
+    A GPU that is named by number becomes the current one, or torch would take memory on the first as well.
+    """
     keep_memory()
     torch.set_flush_denormal(True)
     torch.set_num_threads(threads)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
 
 
 def keep_memory() -> None:
     """Have malloc keep what is freed, where it is glibc's, so that no step faults its activations in anew.
 
-    By default it maps every large block and returns it to the kernel at once: 24,000 to 57,000 page
-    faults a step of ResNet-20. Blocks above 32 MiB, the most that glibc allows here, are mapped still.
+    By default it maps every large block and returns it to the kernel at once: thousands of page faults
+    a step (benchmarks/RESULTS.md). Blocks above 32 MiB, the most that glibc allows here, are mapped still.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
