@@ -267,7 +267,7 @@ def _machine(device: str, configs: Sequence[RunConfig], jobs: str, threads: str,
 
 def _how(machine: "Machine") -> str:
     jobs, threads = _count(machine.jobs * machine.pack, "run"), _count(machine.threads, "thread")
-    packed = f" ({machine.pack} to a GPU)" if machine.pack > 1 else ""
+    packed = f" ({machine.pack} to a process)" if machine.pack > 1 else ""
     return f"{machine.device}, {jobs} at a time{packed}, {threads} each"
 
 

@@ -175,7 +175,7 @@ class TestSweep:
             arguments = sweep_arguments(tmp_path / out, data_dir, "--depths", "8,14,20", "--threads", "1")
             result = cli(*arguments, "--pack", pack)
             assert result.exit_code == 0
-        assert "3 runs at a time (3 to a GPU)" in result.stdout
+        assert "3 runs at a time (3 to a process)" in result.stdout
         alone, packed = (
             {p.parent.name: (p.read_text(), max((p.parent / "checkpoints").iterdir()).name) for p in found}
             for found in ((tmp_path / out).rglob("log.csv") for out in ("alone", "packed"))
