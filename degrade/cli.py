@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import signal
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from rich.console import Console
 from degrade import __version__, paper, store, terminal
 from degrade.config import BLOCKS, PROTOCOLS, RunConfig, overridden, protocol_fields, study_name
 from degrade.errors import Failure
+from degrade.stopping import Stopped, stopping
 
 if TYPE_CHECKING:
     from degrade.sweep import Machine
@@ -55,15 +55,11 @@ def _field(parser: Callable[[str], Any], text: str, **options: Any) -> Any:
     return typer.Option(parser=parser, metavar=metavar, help=text, rich_help_panel=FIELDS, **options)
 
 
-class Terminated(BaseException):
-    """SIGTERM, so that clean-up happens on the way out as it does for Ctrl-C."""
-
-
 def main() -> None:
     """Run the command line. Every expected error is one line: exit 2 for usage, 1 for failure."""
     usage_error: type[Any] = typer.BadParameter.__mro__[1]  # of the click that typer uses, whichever that is
     try:
-        code = app(prog_name="degrade", standalone_mode=False)
+        code = app(prog_name="degrade", standalone_mode=False)  # what the command returns; None where all is well
         sys.stdout.flush()
         sys.exit(code)
     except BrokenPipeError:  # whoever read the output, head say, has gone
@@ -79,6 +75,8 @@ def main() -> None:
         _exit(": ".join(filter(None, (str(error.filename or ""), error.strerror or str(error)))), 1)
     except (KeyboardInterrupt, typer.Abort):
         _exit("stopped", 130)
+    except Stopped as stop:
+        _exit("stopped", stop.code)
 
 
 def _exit(message: str, code: int) -> NoReturn:
@@ -102,6 +100,7 @@ def root(
 
 
 @app.command()
+@stopping("stopped; the same command goes on from the last checkpoints, seconds back")
 def sweep(
     spec: Annotated[
         Path | None, typer.Argument(help="A TOML file with depths, blocks, ... and fields; flags win.")
@@ -197,7 +196,7 @@ def sweep(
     chosen = there or store.Study(folder, folder.name, protocol, configs[0].shared())
     chosen.check(configs)
     runs = engine.find_runs(chosen, configs)
-    passed_over = [*store.FINISHED, "running", *([] if retry_failed else ["failed"])]
+    passed_over = [*store.FINISHED, *([] if retry_failed else ["failed"])]
     todo = [run for run in runs if run.status not in passed_over]
     machine = _machine(device, configs if todo else [], jobs, threads, pack, compiled)
 
@@ -211,13 +210,18 @@ def sweep(
         _train(chosen, todo, machine, data_dir, seconds)
     runs = engine.find_runs(chosen, configs)
     console.print(terminal.runs_table(runs))
+    _say_errors(runs)
     if any(run.epochs for run in runs):
         _say(f"Next: degrade plot {folder}; degrade verdict {folder}")
-    if unfinished := [run.status for run in runs if run.status != "done"]:
-        states = ", ".join(sorted(set(unfinished)))
-        retry = "; the same command goes on" if {"interrupted", "missing"} & set(unfinished) else ""
-        retry += "; --retry-failed tries the failed ones again" if "failed" in unfinished else ""
-        _exit(f"{len(unfinished)} of {_count(len(runs), 'run')} not done ({states}){retry}", 1)
+    if unfinished := [run for run in runs if run.status != "done"]:
+        states = {run.status for run in unfinished}
+        then = "; the same command goes on" if {"interrupted", "missing", "running"} & states else ""
+        then += (
+            "; --retry-failed tries the failed ones again"
+            if any(r.status == "failed" and not r.problem for r in runs)
+            else ""
+        )
+        _exit(f"{len(unfinished)} of {_count(len(runs), 'run')} not done ({', '.join(sorted(states))}){then}", 1)
 
 
 def _print_plan(folder: Path, runs: Sequence[store.Run], seconds: dict[str, float], machine: "Machine") -> None:
@@ -227,7 +231,7 @@ def _print_plan(folder: Path, runs: Sequence[store.Run], seconds: dict[str, floa
     left = {
         run.config.run_id: seconds[run.config.run_id] * (1 - run.record()["step"] / run.config.steps)
         for run in runs
-        if run.config.run_id in seconds
+        if run.config.run_id in seconds and run.status != "running"
     }
     _say(f"Study {folder}: {_count(len(runs), 'run')}, {len(left)} to train")
     console.print(terminal.plan_table(runs, left))
@@ -287,27 +291,30 @@ def _count(number: int, thing: str) -> str:
 def _train(
     study: store.Study, todo: Sequence[store.Run], machine: "Machine", data_dir: Path | None, seconds: dict[str, float]
 ) -> None:
-    """Fetch the data and train, shown live; exit 130 on Ctrl-C and 143 on SIGTERM, resumable."""
+    """Fetch the data and train, shown live."""
     from degrade import data
-    from degrade.sweep import commit_interval
     from degrade.sweep import sweep as events
 
-    def terminate(*_: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
     folder = data_dir or data.default_data_dir()
-    try:
-        data.fetch(str(study.shared["dataset"]), folder)
-        with terminal.SweepView(console, todo, seconds, machine.jobs * machine.pack) as view:
-            for run, event in events(study, todo, machine, folder):
-                view.show(run, event)
-    except (KeyboardInterrupt, Terminated) as stop:
-        code = 143 if isinstance(stop, Terminated) else 130
-        back = f"{commit_interval(machine.device):.0f} s"
-        _exit(f"stopped; the same command goes on from the last checkpoints, at most {back} back", code)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    data.fetch(str(study.shared["dataset"]), folder)
+    with terminal.SweepView(console, todo, seconds, machine.jobs * machine.pack) as view:
+        for run, event in events(study, todo, machine, folder):
+            view.show(run, event)
+
+
+def _say_errors(runs: Sequence[store.Run]) -> None:
+    for run in runs:
+        if run.status == "failed":
+            _say(f"{run.folder.name}: {run.error}")
+
+
+def _tell(damaged: Sequence[str]) -> int:
+    """Say on stderr what was left out; the exit code."""
+    for line in damaged:
+        _note(f"left out: {line}")
+    if damaged:
+        _note("degrade check looks closer")
+    return int(bool(damaged))
 
 
 @app.command()
@@ -315,29 +322,53 @@ def show(
     results: Results = Path("results"),
     as_csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As a list of objects.")] = False,
-) -> None:
+) -> int:
     """Show every run: its status, how far it is, and its errors.
 
     Example: degrade show results/
     """
     if as_json and as_csv:
         raise ValueError("--csv and --json exclude each other")
-    studies = store.find_studies(results)
-    if as_json or as_csv:
-        records = [run.record() for study in studies for run in study.runs]
-        if as_json:
-            print(json.dumps(records, indent=2))
-            return
+    studies, damaged = store.find_studies(results)
+    records = [run.record() for study in studies for run in study.runs]
+    if as_json:
+        print(json.dumps(records, indent=2))
+    elif as_csv:
         writer = csv.DictWriter(sys.stdout, records[0] if records else ["id"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
-        return
-    for study in studies:
-        _say(f"{study.name}: {study.shared['dataset']}, protocol {study.protocol}")
-        console.print(terminal.runs_table(study.runs))
-        for run in study.runs:
-            if run.status == "failed":
-                _say(f"{run.folder.name}: {run.error}")
+    else:
+        for study in studies:
+            _say(f"{study.name}: {study.shared['dataset']}, protocol {study.protocol}")
+            console.print(terminal.runs_table(study.runs))
+            _say_errors(study.runs)
+    return _tell(damaged)
+
+
+@app.command()
+def check(
+    results: Results = Path("results"),
+    repair: Annotated[bool, typer.Option("--repair", help="Write anew what can be derived from other files.")] = False,
+) -> int:
+    """Verify every file of every run: configurations, checkpoints, logs. Exit code 1 where something is wrong.
+
+    Example: degrade check results/ --repair
+    """
+    from degrade.check import check as checks
+
+    left = 0
+    for checked in checks(results, repair=repair):
+        total = _count(checked.statuses.total(), "run")
+        _say(f"{checked.folder}: {total} ({', '.join(f'{n} {status}' for status, n in checked.statuses.items())})")
+        for path, problem, remedy, mend in checked.findings:
+            then = f"; {'mended' if repair else 'with --repair'}: {remedy}" if mend else ""
+            _say(f"{path}: {problem}{then}")
+            left += not (repair and mend)
+        if checked.alone:
+            _say(f"{_count(len(checked.alone), 'log')} with no checkpoint to compare with")
+        if not checked.findings:
+            _say("nothing wrong")
+    return int(left > 0)
 
 
 @app.command()
@@ -347,7 +378,7 @@ def plot(
         Path | None, typer.Option(help="A folder for the figures.", show_default="figures/ in each study")
     ] = None,
     formats: Annotated[str, typer.Option(help="Any of png, svg, pdf.")] = "png,svg,pdf",
-) -> None:
+) -> int:
     """Draw each study: training error v depth, error curves, test error v depth, the gap between the two.
 
     Example: degrade plot results/
@@ -356,23 +387,25 @@ def plot(
     allowed = ("png", "svg", "pdf")
     if unknown := [kind for kind in kinds if kind not in allowed]:
         raise ValueError(f"--formats must be of {', '.join(allowed)}; got {unknown[0]!r}")
-    epochs = _load(results)
+    studies, damaged = store.find_studies(results)
+    epochs = _epochs(results, studies, damaged)
 
     from degrade import plots
 
-    folders = {study.name: study.folder for study in store.find_studies(results)}
+    folders = {study.name: study.folder for study in studies}
     for name, rows in epochs.groupby("study", sort=True):
         folder = out / name if out else folders[name] / "figures"
         for title, figure in plots.figures(rows).items():
             paths = plots.save(figure, folder, title, kinds)
             print(f"{paths[0].with_suffix('')}.{{{','.join(kinds)}}}" if len(kinds) > 1 else paths[0])
+    return _tell(damaged)
 
 
 @app.command()
 def verdict(
     results: Results = Path("results"),
     as_json: Annotated[bool, typer.Option("--json", help="As a list of objects.")] = False,
-) -> None:
+) -> int:
     """Say whether final training error rises with depth, per block, with Welch's 95 % intervals over seeds.
 
     A deeper net degrades if its whole interval lies above 0, and does not degrade if it ends at most half a point
@@ -380,15 +413,16 @@ def verdict(
 
     Example: degrade verdict results/
     """
-    epochs = _load(results)
+    studies, damaged = store.find_studies(results)
+    epochs = _epochs(results, studies, damaged)
 
     from degrade.analysis.verdict import verdicts
 
     found = verdicts(epochs)
     if as_json:
         print(json.dumps([v.as_dict() for v in found], indent=2, allow_nan=False))
-        return
-    for study in store.find_studies(results):
+        return _tell(damaged)
+    for study in studies:
         _say(f"{study.name}: final training error, deeper minus shallower, in percentage points")
         mine = [v for v in found if v.study == study.name]
         if mine:
@@ -403,6 +437,7 @@ def verdict(
         for run in study.runs:
             if run.status not in store.FINISHED:
                 _say(f"left out: {run.folder.name} ({run.status})")
+    return _tell(damaged)
 
 
 @app.command()
@@ -465,8 +500,16 @@ def bench(
         _say(f"{protocol}: about {terminal.duration(together * wall)} for these {nets}, one seed each")
 
 
-def _load(results: Path) -> Any:
-    epochs = store.load(results)
+def _epochs(results: Path, studies: Sequence[store.Study], damaged: Sequence[str]) -> Any:
+    """A row an epoch.
+
+    Raises:
+        ValueError: there is none.
+        Failure: there is none that is not damaged.
+    """
+    epochs = store.to_frame(studies)
+    if epochs.empty and damaged:
+        raise Failure(f"nothing is left to read: {damaged[0]}")
     if epochs.empty:
         raise ValueError(f"{results} holds no epoch yet; degrade show {results} tells how far its runs are")
     return epochs

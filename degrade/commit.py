@@ -1,27 +1,46 @@
 """The commit protocol: whole files or none, checkpoints that prove themselves, locks that cannot go stale.
 
-Standard library only. A checkpoint's name is `<step>-<SHA-256 of its bytes>.pt`, so that one rename
-both publishes and vouches for it; nothing else has to be written in step with it.
+Standard library only. Nothing else writes into a folder of results. A checkpoint's name is
+`<step>-<SHA-256 of its bytes>.pt`, so that one rename both publishes and vouches for it, and nothing
+else has to be written in step with it. Whatever changes a disk is called as `os.…`, where the tests
+listen, fail and kill.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
-import tempfile
+import secrets
+import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+from degrade.errors import Failure
 
 KEPT = 2  # checkpoints: the newest, and one to fall back on
+HEARTBEAT = 5.0  # seconds between the signs of life of whoever holds a lock
+
+
+class Holder(NamedTuple):
+    """The process that holds a lock; `pid` is 0 where its number cannot be told."""
+
+    pid: int
+    host: str
+
+    def __str__(self) -> str:
+        where = f" on {self.host}" if self.host not in ("", socket.gethostname()) else ""
+        return f"process {self.pid}{where}" if self.pid else "another process"
 
 
 class Held(Exception):
-    """Another process holds the lock; `pid` is its number, or None where it cannot be told."""
+    """Another process holds the lock."""
 
-    def __init__(self, path: Path, pid: int | None):
-        super().__init__(f"held by {f'process {pid}' if pid else 'another process'}, and left to it")
-        self.pid = pid
+    def __init__(self, holder: Holder):
+        super().__init__(f"held by {holder}")
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -30,27 +49,64 @@ def write_file(path: Path, data: bytes) -> None:
     Raises:
         OSError: the old file is still there, and no other.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:20]}.", suffix=".partial", dir=path.parent)
+    _publish(os.replace, path, data)
+
+
+def create_file(path: Path, data: bytes) -> bool:
+    """Write `path` like `write_file`, but only where there is none yet; say whether that was so.
+
+    Of several processes that try at once, one succeeds. A file system without hard links cannot tell.
+
+    Raises:
+        OSError: there is no such file.
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+        _publish(os.link, path, data)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if path.exists() or error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        write_file(path, data)
+    return True
+
+
+def _publish(how: Callable[[Path, Path], None], path: Path, data: bytes) -> None:
+    """Write the data under another name, then give them theirs by `how`; the order is what the promises rest on."""
+    partial = path.with_name(f".{path.name[:20]}.{secrets.token_hex(4)}.partial")
+    try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        how(partial, path)
+    finally:
+        if partial.exists():  # linked, or failed
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
     _sync_folder(path.parent)
 
 
 def make_folder(path: Path) -> None:
-    """Create the folder and its parents, durably."""
-    missing = [p for p in (path, *path.parents) if not p.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in missing:
-        _sync_folder(folder.parent)
+    """Create the folder and its parents, durably.
+
+    One that is there may have been made by a process that was killed before it could see to that.
+    """
+    if not path.exists():
+        make_folder(path.parent)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path)
+    _sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove the file, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _sync_folder(path: Path) -> None:
@@ -61,57 +117,100 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def leavings(folder: Path) -> list[Path]:
+    """What killed processes left half-written; they can go where the lock of whoever writes there is held."""
+    return sorted(folder.glob(".*.partial"))
+
+
 def write_checkpoint(folder: Path, step: int, data: bytes) -> None:
     """Commit `data` as the newest checkpoint in `folder`, then drop all but it and the one before.
 
     Checkpoints of later steps go too: the run would have gone on from them, had they not been damaged.
     """
-    make_folder(folder)
     path = folder / f"{step:09d}-{hashlib.sha256(data).hexdigest()}.pt"
     write_file(path, data)
-    kept = [other for other in _checkpoints(folder) if other.name <= path.name][:KEPT]
-    for other in _checkpoints(folder):
-        if other not in kept:
-            other.unlink(missing_ok=True)
+    older = [other for other in checkpoints(folder) if other.name <= path.name]
+    for other in checkpoints(folder):
+        if other not in older[:KEPT]:
+            remove(other)
 
 
-def clear_leavings(folder: Path) -> None:
-    """Remove what a killed process left half-written. The caller holds the lock of whoever writes there."""
-    for path in folder.glob(".*.partial"):
-        path.unlink(missing_ok=True)
-
-
-def read_checkpoint(folder: Path) -> tuple[bytes | None, list[str]]:
-    """The newest checkpoint whose bytes have the hash in its name, and the names of newer ones that have not."""
-    bad: list[str] = []
-    for path in _checkpoints(folder):
-        data = path.read_bytes()
-        if path.stem.partition("-")[2] == hashlib.sha256(data).hexdigest():
-            return data, bad
-        bad.append(path.name)
-    return None, bad
-
-
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
     """Newest first."""
     return sorted(folder.glob("[0-9]*-*.pt"), reverse=True)
 
 
+def read_checkpoint(path: Path) -> bytes:
+    """
+    Raises:
+        ValueError: its bytes cannot be read, or do not have the hash in its name.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    if path.stem.partition("-")[2] != hashlib.sha256(data).hexdigest():
+        raise ValueError("its bytes are not those it was written with")
+    return data
+
+
+class Lock:
+    """A lock that this process holds."""
+
+    def __init__(self, path: Path, descriptor: int):
+        self.path, self.descriptor = path, descriptor
+
+    @property
+    def in_place(self) -> bool:
+        """Whether its file is still the one at its path; where it was deleted, others may have taken the lock."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self.descriptor), os.stat(self.path))
+        return False
+
+    def check(self) -> None:
+        """
+        Raises:
+            Failure: its file was deleted or replaced.
+        """
+        if not self.in_place:
+            raise Failure(f"{self.path} was deleted while it was held; nothing more is written")
+
+
 @contextlib.contextmanager
-def hold(path: Path, *, wait: bool = False) -> Iterator[None]:
+def hold(path: Path, *, wait: bool = False) -> Iterator[Lock]:
     """Hold an exclusive lock on the file `path`, which is made if need be. The kernel frees it when the holder dies.
+
+    Its file says who holds it, and is touched every few seconds, so that others can tell a frozen holder.
 
     Raises:
         Held: another process has it, and `wait` is false.
+        Failure: locks do not work here.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        _lock(descriptor, path, wait)
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
-        yield
-    finally:
-        os.close(descriptor)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        lock = Lock(path, descriptor)
+        ended = threading.Event()
+        try:
+            _lock(descriptor, path, wait)
+            if not (held := holder(path)) and lock.in_place:
+                raise _no_locks(path, "two can hold one at once")
+            if not (held and lock.in_place):
+                continue  # whoever cleaned up here took the file as well
+            line = f"{os.getpid()} {socket.gethostname()}\n".encode()
+            os.pwrite(descriptor, line, 0)
+            os.truncate(descriptor, len(line))
+            threading.Thread(target=_beat, args=(path, ended), daemon=True).start()
+            yield lock
+            return
+        finally:
+            ended.set()
+            os.close(descriptor)
+
+
+def _beat(path: Path, ended: threading.Event) -> None:
+    with contextlib.suppress(OSError):
+        while not ended.wait(HEARTBEAT):
+            os.utime(path)
 
 
 def _lock(descriptor: int, path: Path, wait: bool) -> None:
@@ -121,12 +220,18 @@ def _lock(descriptor: int, path: Path, wait: bool) -> None:
             return
         except BlockingIOError:
             if patience is None:
-                raise Held(path, _pid(descriptor)) from None
+                raise Held(_named(descriptor)) from None
             time.sleep(patience)
+        except OSError as error:
+            raise _no_locks(path, error.strerror) from None
 
 
-def holder(path: Path) -> int | None:
-    """The process that holds the lock `path` (0 where its number is not known), or None where nobody does."""
+def _no_locks(path: Path, reason: str | None) -> Failure:
+    return Failure(f"{path.parent}: locks do not work on its file system ({reason}); name a folder on another")
+
+
+def holder(path: Path) -> Holder | None:
+    """The process that holds the lock `path`, or None where nobody does."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -136,11 +241,19 @@ def holder(path: Path) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return None
     except BlockingIOError:
-        return _pid(descriptor) or 0
+        return _named(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _pid(descriptor: int) -> int | None:
-    text = os.pread(descriptor, 32, 0).strip()
-    return int(text) if text.isdigit() else None
+def sign_of_life(path: Path) -> int:
+    """A number that changes as long as whoever holds the lock `path` is not frozen."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _named(descriptor: int) -> Holder:
+    pid, _, host = os.pread(descriptor, 300, 0).partition(b"\n")[0].decode(errors="replace").partition(" ")
+    return Holder(int(pid) if pid.isdigit() else 0, host)

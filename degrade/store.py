@@ -10,14 +10,17 @@ results/<study>/<run id>/config.json        the whole configuration
                          lock               held while the run trains
 """
 
+import contextlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from degrade.commit import clear_leavings, hold, holder, make_folder, write_file
+from degrade import commit
+from degrade.commit import Held, Holder, create_file, hold, make_folder, write_file
 from degrade.config import SWEPT, RunConfig, matches_protocol, run_id
 from degrade.errors import Failure
 from degrade.log import Epoch, from_csv
@@ -50,11 +53,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder. The properties are read once; make another `Run` to see what has changed."""
+    """One run's folder. The properties are read once; make another `Run` to see what has changed.
+
+    Args:
+        study: the name of its study.
+        folder: of the run.
+        config: its configuration.
+        refused: why its config.json is not that, if it is not.
+    """
 
     study: str
     folder: Path
     config: RunConfig
+    refused: str = ""
 
     @classmethod
     def open(cls, study: str, folder: Path) -> Self:
@@ -72,23 +83,34 @@ class Run:
         return cls(study, folder, config)
 
     @cached_property
-    def epochs(self) -> list[Epoch]:
-        """The rows of log.csv; none where it is not there.
-
-        Raises:
-            Failure: it is not a log of degrade's.
-        """
+    def _log(self) -> tuple[list[Epoch], str]:
+        """The rows of log.csv, and what is wrong with it, if anything is."""
         try:
             epochs = from_csv((self.folder / LOG).read_text())
             if epochs and epochs[-1].step > self.config.steps:
                 raise ValueError(f"step {epochs[-1].step} of {self.config.steps}")
-            return epochs
+            return epochs, ""
         except FileNotFoundError:
-            return []
-        except ValueError as error:
-            there = any((self.folder / CHECKPOINTS).glob("*.pt"))
-            advice = "; delete it, and the sweep writes it anew from its checkpoint" if there else ""
-            raise Failure(f"{self.folder / LOG}: {error}{advice}") from None
+            return [], ""
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            then = "a sweep" if self.has_checkpoint else "restore it, or delete it and a sweep"
+            how = "writes it anew from its checkpoint" if self.has_checkpoint else "trains the run again"
+            return [], f"{self.folder / LOG}: {reason}; {then} {how}"
+
+    @property
+    def epochs(self) -> list[Epoch]:
+        """The rows of log.csv; none where it is not there, or damaged."""
+        return self._log[0]
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with its files, in a line that names one; empty where nothing is. `check` looks closer."""
+        return self.refused or self._log[1]
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return bool(commit.checkpoints(self.folder / CHECKPOINTS))
 
     @property
     def outcome(self) -> str | None:
@@ -100,26 +122,28 @@ class Run:
     @cached_property
     def status(self) -> str:
         """done, running, interrupted, failed, diverged or missing."""
-        if self.holder is not None:
+        if self.holder:
             return "running"
+        if self.refused:
+            return "failed"
         if self.outcome:
             return self.outcome
-        if (self.folder / ERROR).exists():
+        if (self.folder / ERROR).exists() or (self.problem and not self.has_checkpoint):
             return "failed"
-        if self.epochs or (self.folder / ENVIRONMENT).exists() or any((self.folder / CHECKPOINTS).glob("*.pt")):
+        if self.epochs or self.has_checkpoint or (self.folder / ENVIRONMENT).exists():
             return "interrupted"
         return "missing"
 
     @property
-    def holder(self) -> int | None:
-        """The process that trains it (0 where its number is not known), or None."""
-        return holder(self.folder / LOCK)
+    def holder(self) -> Holder | None:
+        """The process that trains it, or None."""
+        return commit.holder(self.folder / LOCK)
 
     @property
     def error(self) -> str:
-        """The last line of error.txt, or nothing."""
+        """Why it failed: a line."""
         try:
-            return (self.folder / ERROR).read_text().rstrip().rpartition("\n")[2]
+            return self.problem or (self.folder / ERROR).read_text().rstrip().rpartition("\n")[2]
         except FileNotFoundError:
             return ""
 
@@ -173,20 +197,34 @@ class Study:
         return cls(folder, name, values["protocol"], shared)
 
     @cached_property
-    def runs(self) -> list[Run]:
-        """By block, depth and seed.
+    def _found(self) -> tuple[list[Run], list[str]]:
+        runs, damaged = [], []
+        for folder in sorted({path.parent for name in (CONFIG, LOG) for path in self.folder.glob(f"*/{name}")}):
+            try:
+                run = Run.open(self.name, folder)
+            except FileNotFoundError:
+                damaged.append(f"{folder} has a {LOG} but no {CONFIG}")
+            except OSError as error:
+                damaged.append(f"{folder / CONFIG}: {error.strerror}")
+            except Failure as error:
+                damaged.append(str(error))
+            else:
+                if run.config.shared() == self.shared:
+                    runs.append(run)
+                else:
+                    there = difference(self.shared, run.config)
+                    damaged.append(f"{folder / CONFIG} is of another study: {there}")
+        return sorted(runs, key=lambda run: (run.config.block, run.config.depth, run.config.seed)), damaged
 
-        Raises:
-            Failure: a run's config.json is unreadable, or differs from the study's elsewhere.
-        """
-        for path in self.folder.glob(f"*/{LOG}"):
-            if not (path.parent / CONFIG).exists():
-                raise Failure(f"{path.parent} has a {LOG} but no {CONFIG}; restore it, or delete the folder")
-        runs = [Run.open(self.name, path.parent) for path in self.folder.glob(f"*/{CONFIG}")]
-        for run in runs:
-            if run.config.shared() != self.shared:
-                raise Failure(f"{run.folder / CONFIG} is of another study: {difference(self.shared, run.config)}")
-        return sorted(runs, key=lambda run: (run.config.block, run.config.depth, run.config.seed))
+    @property
+    def runs(self) -> list[Run]:
+        """By block, depth and seed, less those whose config.json is unreadable or not the study's."""
+        return self._found[0]
+
+    @property
+    def damaged(self) -> list[str]:
+        """What is wrong with its runs: a line each that names a file."""
+        return self._found[1] + [run.problem for run in self.runs if run.problem]
 
     def check(self, configs: Iterable[RunConfig]) -> None:
         """
@@ -207,16 +245,13 @@ class Study:
             ValueError: another sweep has made the study meanwhile, with another protocol.
         """
         make_folder(self.folder)
-        with hold(self.folder / LOCK, wait=True):
-            clear_leavings(self.folder)
-            if (self.folder / STUDY).exists():
-                Study.open(self.folder).check(configs)
-            else:
-                write_file(self.folder / STUDY, to_json({"protocol": self.protocol, "shared": self.shared}))
-            for config in configs:
-                folder = self.folder / config.run_id
-                if not (folder / CONFIG).exists():
-                    make_folder(folder)
+        if not create_file(self.folder / STUDY, to_json({"protocol": self.protocol, "shared": self.shared})):
+            Study.open(self.folder).check(configs)
+        for config in configs:
+            folder = self.folder / config.run_id
+            if not (folder / CONFIG).exists():
+                make_folder(folder)
+                with contextlib.suppress(Held), hold(folder / LOCK):  # whoever holds it has written the file
                     write_file(folder / CONFIG, to_json(config.as_dict()))
 
 
@@ -230,8 +265,11 @@ def difference(shared: Mapping[str, Any], config: RunConfig) -> str:
     )
 
 
-def find_studies(root: Path) -> list[Study]:
+def find_studies(root: Path) -> tuple[list[Study], list[str]]:
     """Every study in `root` or below it, by folder, each named by where it is below `root`.
+
+    Returns:
+        The studies, and what is wrong with any of them or of their runs, a line each: these are left out.
 
     Raises:
         ValueError: `root` is not a folder, or holds no study.
@@ -239,10 +277,16 @@ def find_studies(root: Path) -> list[Study]:
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise ValueError(f"{root} {what}; name a folder of results, such as results/")
-    studies = [Study.open(path.parent, root) for path in sorted(root.rglob(STUDY))]
-    if not studies:
+    studies, damaged = [], []
+    for path in sorted(root.rglob(STUDY)):
+        try:
+            studies.append(Study.open(path.parent, root))
+            damaged += studies[-1].damaged
+        except Failure as error:
+            damaged.append(str(error))
+    if not studies and not damaged:
         raise ValueError(f"{root} holds no study (a folder with {STUDY}); `degrade sweep --out {root}` makes one")
-    return studies
+    return studies, damaged
 
 
 def load(folder: str | Path) -> "pd.DataFrame":
@@ -251,14 +295,24 @@ def load(folder: str | Path) -> "pd.DataFrame":
     Errors are fractions in [0, 1], losses nats; `log.Epoch` and `config.RunConfig` define the columns.
     `lr` is the epoch's, `initial_lr` the configuration's; `protocol` ends in ", changed" where a field was overridden.
 
+    Warns:
+        UserWarning: for each run that is damaged, and left out.
+
     Raises:
         ValueError: `folder` is not a folder, or holds no study.
-        Failure: a file in it is damaged or another program's.
     """
+    studies, damaged = find_studies(Path(folder))
+    for line in damaged:
+        warnings.warn(f"left out: {line}", stacklevel=2)
+    return to_frame(studies)
+
+
+def to_frame(studies: Iterable[Study]) -> "pd.DataFrame":
+    """As `load`, for studies that are open already."""
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
-    for study in find_studies(Path(folder)):
+    for study in studies:
         changed = "" if matches_protocol(study.shared, study.protocol) else ", changed"
         for run in study.runs:
             about = {"study": study.name, "protocol": study.protocol + changed, "id": run.folder.name}

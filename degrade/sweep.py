@@ -2,24 +2,19 @@
 
 import gc
 import os
-import platform
-import re
-import subprocess
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import degrade
 from degrade import commit, store
 from degrade.config import RunConfig
 from degrade.engine.compiled import why_not
@@ -29,20 +24,22 @@ from degrade.execute import Crowded, Event
 from degrade.execute.local import execute
 from degrade.log import Epoch, to_csv
 from degrade.nets import cifar_net
-from degrade.store import Run, Study, to_json
+from degrade.provenance import Clock, Provenance
+from degrade.store import Run, Study
 from degrade.train import Training, load_splits
 
 REPORT_SECONDS = 0.25
 COMPILED_FROM = 30e12  # floating-point operations of a run: minutes on a core, and compiling costs ten seconds or so
 MAX_PACK = 10  # the nets of the paper
+SILENCE = 60.0  # seconds without a sign of life, after which a process that has a run counts as frozen
 
 
 class Progress(NamedTuple):
-    """Where a run stands: updates done, the last complete epoch, and something worth a line, if anything is."""
+    """Where a run stands: updates done, the last complete epoch, and what is worth a line, if anything is."""
 
     step: int
     epoch: Epoch | None
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -190,8 +187,12 @@ def find_runs(study: Study, configs: Sequence[RunConfig]) -> list[Run]:
     runs = []
     for config in sorted(configs, key=lambda config: (-config.depth, config.seed, config.block)):
         folder = study.folder / config.run_id
-        there = (folder / store.CONFIG).exists()
-        runs.append(Run.open(study.name, folder) if there else Run(study.name, folder, config))
+        try:
+            runs.append(Run.open(study.name, folder))
+        except FileNotFoundError:
+            runs.append(Run(study.name, folder, config))
+        except (Failure, OSError) as error:
+            runs.append(Run(study.name, folder, config, refused=str(error)))
     return runs
 
 
@@ -205,24 +206,66 @@ def sweep(
 ) -> Iterator[tuple[Run, Event]]:
     """Train `runs`, from their newest checkpoints where there are any, and store the results.
 
+    Another sweep may be at work in the study. Each run is trained by whoever comes first; here the others'
+    are waited for, and taken over should their process end before they do.
+
     Yields:
-        Each run with its executor's events; the values are `Progress`.
+        Each run with its executor's events; the values are `Progress`. Besides, "held" where another process
+        has the run, which is waited for or, where that process has been frozen for `SILENCE` seconds, left to it.
     """
     study.create([run.config for run in runs])
-    tasks = [
-        Task(
-            study.name,
-            run.folder,
-            run.config,
-            data_dir,
-            machine.threads,
-            machine.compiles(run.config),
-            commit_seconds,
-        )
-        for run in runs
-    ]
-    for event in execute(train_run, tasks, machine.places, machine.pack):
-        yield runs[event.item], event
+    todo, held = list(runs), _Held()
+    while todo:
+        tasks = [
+            Task(
+                study.name,
+                run.folder,
+                run.config,
+                data_dir,
+                machine.threads,
+                machine.compiles(run.config),
+                commit_seconds,
+            )
+            for run in todo
+        ]
+        for event in execute(train_run, tasks, machine.places, machine.pack):
+            run = todo[event.item]
+            if event.kind == "failed" and event.value.type == commit.Held.__name__:
+                held.add(run)
+                yield run, Event(event.item, "held", f"{event.value}; waiting")
+            else:
+                yield run, event
+        todo = held.wait()
+    for run in held.runs:
+        yield run, Event(0, "held", f"left to {run.holder}, which has shown no sign of life for {SILENCE:.0f} s")
+
+
+class _Held:
+    """The runs that other processes train."""
+
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+        self.signs: dict[Path, tuple[int, float]] = {}  # of life, and when they were first seen
+
+    def add(self, run: Run) -> None:
+        self.runs.append(run)
+        self.signs[run.folder] = 0, time.monotonic()
+
+    def wait(self) -> list[Run]:
+        """Wait until some of them are free, and give them back; none, once all that are left are frozen."""
+        while any(not self._frozen(run) for run in self.runs):
+            free = [run for run in self.runs if not run.holder]
+            if free:
+                self.runs = [run for run in self.runs if run not in free]
+                return free
+            time.sleep(0.2)
+        return []
+
+    def _frozen(self, run: Run) -> bool:
+        sign, now = commit.sign_of_life(run.folder / store.LOCK), time.monotonic()
+        if sign != self.signs[run.folder][0]:
+            self.signs[run.folder] = sign, now
+        return now - self.signs[run.folder][1] >= SILENCE
 
 
 def train_run(task: Task, device: str) -> Iterator[Progress | None]:
@@ -235,11 +278,12 @@ def train_run(task: Task, device: str) -> Iterator[Progress | None]:
         Held: another process trains it.
         Crowded: there is no memory for it on the device.
         OSError: the disk is full, say. The run stays as it was committed last, and can be resumed.
+        Failure: its files are damaged, and stay as they are.
         Exception: anything else, after its traceback was written to error.txt: the run has failed.
     """
-    with commit.hold(task.folder / store.LOCK):
+    with commit.hold(task.folder / store.LOCK) as lock:
         try:
-            yield from _train_run(task, device)
+            yield from _train_run(task, device, lock)
         except (OSError, Failure):
             raise
         except torch.OutOfMemoryError as error:
@@ -250,33 +294,31 @@ def train_run(task: Task, device: str) -> Iterator[Progress | None]:
             raise
 
 
-def _train_run(task: Task, device: str) -> Iterator[Progress | None]:
+def _train_run(task: Task, device: str, lock: commit.Lock) -> Iterator[Progress | None]:
     gc.collect()  # the nets of runs that have ended refer to themselves, and hold their memory until then
     folder = task.folder
-    if Run.open(task.study, folder).outcome:
-        return  # another sweep was faster
-    (folder / store.ERROR).unlink(missing_ok=True)
-    commit.clear_leavings(folder)
-    commit.clear_leavings(folder / store.CHECKPOINTS)
-    environment = _environment(task, device)
-    clock = _Clock(folder / store.TIMING)
-    prepare_process(environment["threads"], device)
+    run = Run.open(task.study, folder)
+    if run.outcome:  # another sweep was faster
+        yield Progress(run.epochs[-1].step, run.epochs[-1])
+        return
+    _tidy(folder)
+    provenance = Provenance(folder / store.ENVIRONMENT, device, task.threads, task.compiled)
+    prepare_process(provenance.threads, device)
     splits = load_splits(task.config, task.data_dir, device)
-    training = Training(task.config, splits, device, compiled=environment.get("compiled", False))
-
-    state, bad = commit.read_checkpoint(folder / store.CHECKPOINTS)
-    then = "starting anew" if state is None else "going on from the one before"
-    note = f"{folder.name}: {', '.join(bad)} damaged, {then}" if bad else ""
-    if state is not None:
-        training.restore(state)
-        _write_log(folder, task.config, training.epochs)
+    training = Training(task.config, splits, device, compiled=provenance.compiled)
+    notes = [note for note in (*_restore(training, run), provenance.resume(training.step)) if note]
+    clock = Clock(folder / store.TIMING)
     last = training.epochs[-1] if training.epochs else None
     clock.start_up(training.step, last.epoch if last else 0)
-    yield Progress(training.step, last, note)
+    yield Progress(training.step, last, tuple(f"{folder.name}: {note}" for note in notes))
+
+    def submit() -> Future[None]:
+        """Commit the run as it is now, on a thread of its own: on a GPU, runs go on while the disk is busy."""
+        epochs, timing = list(training.epochs), clock.csv()
+        return writer.submit(_commit, lock, task.config, training.step, epochs, training.snapshot(), timing)
 
     interval = commit_interval(device) if task.commit_seconds is None else task.commit_seconds
     committed = reported = time.monotonic()
-    # A thread of its own: a run on a GPU, and those packed beside it, go on while the disk is busy.
     with ThreadPoolExecutor(1, "writer") as writer:
         writing: deque[Future[None]] = deque()
         for epoch in training:
@@ -286,110 +328,65 @@ def _train_run(task: Task, device: str) -> Iterator[Progress | None]:
                 last = epoch
             while writing and writing[0].done():
                 writing.popleft().result()  # or its error
-            due = now - committed >= interval and (epoch or not writing)
-            if due or training.finished:
-                snapshot = training.snapshot()
-                epochs = list(training.epochs)
-                writing.append(writer.submit(_commit, folder, task.config, training.step, epochs, snapshot))
+            if now - committed >= interval and len(writing) < (2 if epoch else 1):  # however slow the disk
+                writing.append(submit())
                 committed = now
             if epoch or now - reported >= REPORT_SECONDS:
                 yield Progress(training.step, last)
                 reported = now
             else:
                 yield None
-        while writing:
-            if writing[0].done():
-                writing.popleft().result()
-            else:
+        writing.append(submit())
+        for pending in writing:
+            while not pending.done():
                 yield None
                 time.sleep(0.001)
+            pending.result()
 
 
-def _commit(folder: Path, config: RunConfig, step: int, epochs: list[Epoch], state: Callable[[], bytes]) -> None:
+def _tidy(folder: Path) -> None:
+    """Begin anew where an earlier process failed or was killed."""
+    commit.make_folder(folder / store.CHECKPOINTS)
+    commit.remove(folder / store.ERROR)
+    for path in commit.leavings(folder) + commit.leavings(folder / store.CHECKPOINTS):
+        commit.remove(path)
+
+
+def _restore(training: Training, run: Run) -> list[str]:
+    """Go on from the newest checkpoint that is sound, and say what there is to say.
+
+    Raises:
+        Failure: there is none, and log.csv is damaged: rows that could not be had again would be lost.
+    """
+    notes = []
+    for path in commit.checkpoints(run.folder / store.CHECKPOINTS):
+        try:
+            training.restore(commit.read_checkpoint(path))
+        except ValueError as error:
+            notes.append(f"{path.name} is damaged ({error})")
+            continue
+        if run.problem:
+            notes.append(f"{store.LOG} was damaged, and is written anew")
+        _write_log(run.folder, training.config, training.epochs)
+        return [*notes, f"going on from step {training.step}"] if notes else []
+    if run.problem:
+        raise Failure(run.problem)
+    if run.epochs and not notes:
+        notes.append("no checkpoint is left")
+    return [*notes, "starting anew"] if notes else []
+
+
+def _commit(
+    lock: commit.Lock, config: RunConfig, step: int, epochs: list[Epoch], state: Callable[[], bytes], timing: str
+) -> None:
+    folder = lock.path.parent
+    lock.check()
     commit.write_checkpoint(folder / store.CHECKPOINTS, step, state())
     _write_log(folder, config, epochs)
+    commit.write_file(folder / store.TIMING, timing.encode())
 
 
 def _write_log(folder: Path, config: RunConfig, epochs: list[Epoch]) -> None:
     """Bring log.csv in line with the checkpoint just committed."""
     if epochs:
         commit.write_file(folder / store.LOG, to_csv(epochs, validation=config.val_images > 0).encode())
-
-
-class _Clock:
-    """timing.csv: the seconds of each epoch, counted in the process that ended it, and when it ended (UTC).
-
-    Rows of epoch 0 are start-ups: data, compiling, capturing.
-    """
-
-    HEADER = "epoch,step,seconds,ended\n"
-
-    def __init__(self, path: Path):
-        self.path = path
-        lines = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
-        self.rows = [line for line in lines if line.endswith("\n")]
-        self.start = time.monotonic()
-
-    def start_up(self, step: int, epochs: int) -> None:
-        """Keep the rows of the first `epochs` epochs: the later ones are trained again."""
-        self.rows = [row for row in self.rows if int(row.partition(",")[0]) <= epochs]
-        self._add(0, step)
-
-    def end_epoch(self, epoch: Epoch) -> None:
-        self._add(epoch.epoch, epoch.step)
-
-    def _add(self, epoch: int, step: int) -> None:
-        now = time.monotonic()
-        ended = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        self.rows.append(f"{epoch},{step},{now - self.start:.3f},{ended}\n")
-        self.start = now
-        commit.write_file(self.path, (self.HEADER + "".join(self.rows)).encode())
-
-
-def _environment(task: Task, place: str) -> dict[str, Any]:
-    """What the bits depend on beside the configuration: written at the start, read back on resume."""
-    path = task.folder / store.ENVIRONMENT
-    if path.exists():
-        return store.read_json(path)
-    device = torch.device(place)
-    environment = {
-        "degrade": degrade.__version__,
-        "commit": _git_commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": f"{platform.system()}-{platform.machine()}",
-        "cpu": f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}",
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": task.threads,
-        "compiled": task.compiled,
-        "flush_denormal": True,
-    }
-    commit.write_file(path, to_json(environment))
-    return environment
-
-
-def _cpu_model() -> str:
-    """As Linux names it; elsewhere the kind of processor."""
-    try:
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-@lru_cache(1)
-def _git_commit() -> str | None:
-    """The commit of the checkout that degrade runs from, with `+` where its code differs; None elsewhere."""
-    package = Path(degrade.__file__).parent
-
-    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, text=True)
-
-    try:
-        if git("ls-files", "--error-unmatch", "__init__.py").returncode:
-            return None
-        changed = git("status", "--porcelain", "--", ".").stdout
-        return git("rev-parse", "--short=12", "HEAD").stdout.strip() + ("+" if changed else "")
-    except OSError:  # no git
-        return None

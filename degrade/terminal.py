@@ -52,7 +52,7 @@ def plan_table(runs: Sequence[Run], seconds: Mapping[str, float]) -> Table:
         config, status = run.config, run.status
         plan = {"missing": "new", "interrupted": "resumed"}.get(status, status)
         if status == "running":
-            plan = f"running, process {run.holder or '?'}"
+            plan = f"waited for, {run.holder}"
         elif status == "failed" and config.run_id in seconds:
             plan = "retried"
         time_needed = duration(seconds[config.run_id]) if run.folder.name in seconds else "-"
@@ -152,12 +152,12 @@ class SweepView:
         row = self.rows[run.folder]
         if event.kind == "value":
             ended = row.advance(event.value)
-            if event.value.note:
-                self.line(event.value.note)
+            for note in event.value.notes:
+                self.line(note)
             if ended and not self.console.is_terminal:
                 self.line(f"{row.label}  {row.line()}")
-        elif event.kind == "failed":
-            row.state = "elsewhere" if event.value.type == "Held" else "failed"
+        elif event.kind in ("failed", "held"):
+            row.state = {"failed": "failed", "held": "elsewhere"}[event.kind]
             self.line(f"{row.label}: {event.value}")
         elif event.kind == "waiting":
             row.state = "waiting"
@@ -175,7 +175,9 @@ class SweepView:
     def _render(self) -> RenderableType:
         rows = list(self.rows.values())
         room = max(self.console.height - 4, 3)  # what is going on goes first, then what comes next
-        chosen = sorted(rows, key=lambda row: ("running", "waiting").index(row.state) if row.active else 2)[:room]
+        chosen = sorted(
+            rows, key=lambda row: ("running", "waiting", "elsewhere").index(row.state) if row.active else 3
+        )[:room]
         shown = [row for row in rows if row in chosen]
         table = make_table("run", "status", ">epoch", "progress", ">train", ">test", ">left")
         for row in shown:
@@ -202,7 +204,7 @@ class _Row:
     @property
     def active(self) -> bool:
         """Whether it has yet to end."""
-        return self.state in ("waiting", "running")
+        return self.state in ("waiting", "running", "elsewhere")
 
     def advance(self, progress: "Progress") -> bool:
         """Take in the progress; True where it ends an epoch that was trained just now."""

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -251,20 +252,57 @@ class Training:
         """Go on from `state`.
 
         Raises:
-            ValueError: the state is of another configuration.
+            ValueError: it is not the state of a run of this configuration; nothing has changed then.
         """
+        there = read_state(state)
+        if there.config != self.config:
+            raise ValueError(f"it is of {there.config.run_id}, not of {self.config.run_id}")
+        net = self.net.state_dict()
+        if list(net) != list(there.net):
+            raise ValueError("its tensors have other names than the net's")
+        mine, theirs = [*net.values(), *self._momentum()], [*there.net.values(), *there.momentum]
+        if [(t.shape, t.dtype) for t in mine] != [(t.shape, t.dtype) for t in theirs]:
+            raise ValueError("its tensors have other shapes than the net's")
+        with self.queue.on(), torch.no_grad():  # into the tensors that are there: a graph knows no others
+            for here, value in zip(mine, theirs, strict=True):
+                here.copy_(value)
+            self.wrong.fill_(there.wrong)
+        self.step = self.filled = there.step
+        self.epochs = there.epochs
+
+
+class State(NamedTuple):
+    """What `Training.snapshot` stores: the names are those of `Training`."""
+
+    config: RunConfig
+    step: int
+    epochs: list[Epoch]
+    wrong: int
+    net: dict[str, Tensor]
+    momentum: list[Tensor]
+
+
+def read_state(state: bytes) -> State:
+    """The inverse of `Training.snapshot`. Whatever the bytes are, none of them is executed.
+
+    Raises:
+        ValueError: they are not a state.
+    """
+    try:
         values = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
         about = json.loads(values["about"])
-        if RunConfig.from_dict(about["config"]) != self.config:
-            raise ValueError(f"the checkpoint is not of {self.config.run_id}")
-        with self.queue.on(), torch.no_grad():  # into the tensors that are there: a graph knows no others
-            for name, tensor in self.net.state_dict().items():
-                tensor.copy_(values["net"][name])
-            for buffer, value in zip(self._momentum(), values["momentum"], strict=True):
-                buffer.copy_(value)
-            self.wrong.fill_(about["wrong"])
-        self.step = self.filled = about["step"]
-        self.epochs = [Epoch(**row) for row in about["epochs"]]
+        config = RunConfig.from_dict(about["config"])
+        step, wrong = int(about["step"]), int(about["wrong"])
+        epochs = [Epoch(**row) for row in about["epochs"]]
+        ends = [config.epoch_end(e) for e in range(1, len(epochs) + 1)]
+        tensors = [*values["net"].values(), *values["momentum"]]
+        sound = all(type(t) is Tensor and t.layout == torch.strided for t in tensors)
+        if not (sound and [e.step for e in epochs] == ends and max(ends, default=0) <= step <= config.steps):
+            raise ValueError("its parts do not fit each other")
+        return State(config, step, epochs, wrong, values["net"], values["momentum"])
+    except Exception as error:  # of the unpickler, and of whatever else it may hold instead
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"it is not a checkpoint of degrade's ({type(error).__name__}: {reason[:200]})") from None
 
 
 def training_batch(splits: Splits, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 import tomllib
 from pathlib import Path
 
@@ -69,7 +71,6 @@ class TestSweep:
         study = tmp_path / "shapes-smoke"
         assert {p.name for p in study.iterdir()} == {
             "study.json",
-            "lock",
             *(smoke(depth=d, seed=s).run_id for d in (8, 14) for s in (0, 1)),
         }
         assert cli("plot", tmp_path).exit_code == 0
@@ -132,14 +133,38 @@ class TestSweep:
         assert "study mine was run with another protocol: lr 0.02 there, 0.5 here" in result.stderr
         assert "--study NAME" in result.stderr
 
-    def test_a_run_under_way_elsewhere_is_left_to_its_process(self, cli, tmp_path, data_dir):
+    def test_a_run_under_way_elsewhere_is_waited_for_and_taken_over(self, cli, tmp_path, data_dir):
+        """Its process ends before the run does."""
+        run = write_run(tmp_path / "shapes-smoke", smoke(), [])
+
+        def hold(held):
+            with commit.hold(run.folder / store.LOCK):
+                held.set()
+                time.sleep(8)
+
+        held = threading.Event()
+        other = threading.Thread(target=hold, args=(held,))
+        other.start()
+        held.wait()
+        result = cli(*sweep_arguments(tmp_path, data_dir, "--depths", "8,14"))
+        other.join()
+        assert result.exit_code == 0, result
+        assert "2 runs, 1 to train" in result.stdout
+        assert f"waited for, process {os.getpid()}" in result.stdout
+        assert f"plain-8-s0: held by process {os.getpid()}; waiting\n" in result.stdout
+        assert {there.status for there in store.Study.open(tmp_path / "shapes-smoke").runs} == {"done"}
+
+    def test_a_run_that_a_frozen_process_has_is_left_to_it(self, cli, tmp_path, data_dir, monkeypatch):
+        from degrade import sweep as engine
+
+        monkeypatch.setattr(engine, "SILENCE", 1.0)  # this process shows signs of life every 5 s only
         run = write_run(tmp_path / "shapes-smoke", smoke(), [])
         with commit.hold(run.folder / store.LOCK):
-            result = cli(*sweep_arguments(tmp_path, data_dir, "--depths", "8"))
+            result = cli(*sweep_arguments(tmp_path, data_dir, "--depths", "8,14"))
         assert result.exit_code == 1
-        assert "1 run, 0 to train" in result.stdout
-        assert f"running, process {os.getpid()}" in result.stdout
-        assert "1 of 1 run not done (running)" in result.stderr
+        left = f"plain-8-s0: left to process {os.getpid()}, which has shown no sign of life for 1 s\n"
+        assert left in result.stdout
+        assert result.stderr == "degrade: 1 of 2 runs not done (running); the same command goes on\n"
 
     def test_the_precision_of_the_device_is_no_override(self, cli, tmp_path, monkeypatch):
         """As on a GPU with TF32: the study keeps its name, and one begun on a CPU goes on in fp32."""
@@ -233,7 +258,7 @@ class TestSweep:
         monkeypatch.setattr(store, "write_file", full)
         result = cli(*sweep_arguments(tmp_path, data_dir, "--depths", "8"))
         assert result.exit_code == 1
-        assert result.stderr.endswith("study.json: No space left on device\n")
+        assert result.stderr.endswith("config.json: No space left on device\n")
 
     def test_missing_data_are_one_line(self, cli, tmp_path, monkeypatch):
         def offline(*_, **__):
@@ -362,7 +387,12 @@ class TestBadInput:
         path.write_text("step,loss\n1,2\n")
         result = cli(name, results)
         assert result.exit_code == 1
-        assert result.stderr == f"degrade: {path}: the header is not degrade's: 'step,loss'\n"
+        first, second = result.stderr.splitlines()
+        assert first.startswith(f"degrade: left out: {path}: the header is not degrade's: 'step,loss'; ")
+        assert second == "degrade: degrade check looks closer"
+        assert {"show": "residual-8-s1", "plot": "curves", "verdict": "14 v 8"}[
+            name
+        ] in result.stdout  # the rest is there
         assert path.read_text() == "step,loss\n1,2\n"
 
     def test_a_format_nobody_draws(self, cli, results):

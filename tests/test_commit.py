@@ -1,7 +1,9 @@
 import errno
+import fcntl
 import multiprocessing
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -9,16 +11,22 @@ import time
 
 import pytest
 
+from degrade import commit
 from degrade.commit import (
     Held,
-    clear_leavings,
+    Holder,
+    checkpoints,
+    create_file,
     hold,
     holder,
+    leavings,
     make_folder,
     read_checkpoint,
+    sign_of_life,
     write_checkpoint,
     write_file,
 )
+from degrade.errors import Failure
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -30,13 +38,17 @@ def test_a_file_is_replaced_whole(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o644
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace", "fdopen", "chmod"])
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "close", "replace"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_a_failing_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, call, code):
     path = tmp_path / "log.csv"
     write_file(path, b"old")
 
-    def fail(*_, **__):
+    real = getattr(os, call)
+
+    def fail(*arguments, **__):
+        if call == "close":
+            real(*arguments)
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, call, fail)
@@ -58,50 +70,80 @@ def test_data_are_synced_before_they_are_named_and_the_folder_after(tmp_path, mo
     assert calls == ["file", "replace", "folder"]
 
 
+def test_of_several_who_create_a_file_one_succeeds(tmp_path):
+    path = tmp_path / "study.json"
+    assert create_file(path, b"mine") is True
+    assert create_file(path, b"theirs") is False
+    assert path.read_bytes() == b"mine"
+    assert os.listdir(tmp_path) == ["study.json"]
+
+
+def test_where_there_are_no_hard_links_a_file_is_created_all_the_same(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", unsupported)
+    assert create_file(tmp_path / "study.json", b"mine") is True
+    with pytest.raises(OSError):
+        create_file(tmp_path / "study.json", b"theirs")
+    assert (tmp_path / "study.json").read_bytes() == b"mine"
+    assert os.listdir(tmp_path) == ["study.json"]
+
+
 def test_the_two_newest_checkpoints_are_kept(tmp_path):
-    folder = tmp_path / "run" / "checkpoints"
     for step in (5, 90, 1000):
-        write_checkpoint(folder, step, b"state %d" % step)
-    assert len(list(folder.iterdir())) == 2
-    assert read_checkpoint(folder) == (b"state 1000", [])
+        write_checkpoint(tmp_path, step, b"state %d" % step)
+    assert [read_checkpoint(path) for path in checkpoints(tmp_path)] == [b"state 1000", b"state 90"]
 
 
-def test_a_bad_checkpoint_is_named_and_the_one_before_taken(tmp_path):
+@pytest.mark.parametrize("bad", [b"newer stat", b"newer statf", b"", b"Newer state"])
+def test_a_checkpoint_whose_bytes_are_not_its_own_is_not_read(tmp_path, bad):
     write_checkpoint(tmp_path, 5, b"good state")
     write_checkpoint(tmp_path, 90, b"newer state")
-    newest = max(tmp_path.iterdir())
-    for bad in (b"newer stat", b"newer statf", b"", b"Newer state"):
-        newest.write_bytes(bad)
-        assert read_checkpoint(tmp_path) == (b"good state", [newest.name])
-    min(tmp_path.iterdir()).write_bytes(b"")
-    data, bad = read_checkpoint(tmp_path)
-    assert data is None
-    assert len(bad) == 2
-    assert read_checkpoint(tmp_path / "nothing") == (None, [])
+    newest, before = checkpoints(tmp_path)
+    newest.write_bytes(bad)
+    with pytest.raises(ValueError, match="its bytes are not those it was written with"):
+        read_checkpoint(newest)
+    assert read_checkpoint(before) == b"good state"
+
+
+def test_a_checkpoint_on_a_bad_sector_is_not_read(tmp_path, monkeypatch):
+    def unreadable(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    write_checkpoint(tmp_path, 5, b"state")
+    monkeypatch.setattr(type(tmp_path), "read_bytes", unreadable)
+    with pytest.raises(ValueError, match="Input/output error"):
+        read_checkpoint(*checkpoints(tmp_path))
 
 
 def test_a_checkpoint_written_after_damage_is_the_newest_and_stays(tmp_path):
     for step in (12, 16):
         write_checkpoint(tmp_path, step, b"state %d" % step)
     max(tmp_path.iterdir()).write_bytes(b"damaged")
-    assert read_checkpoint(tmp_path)[0] == b"state 12"
     write_checkpoint(tmp_path, 13, b"state 13")
-    assert read_checkpoint(tmp_path) == (b"state 13", [])
-    assert len(list(tmp_path.iterdir())) == 2  # 12 is still there to fall back on
+    assert [read_checkpoint(path) for path in checkpoints(tmp_path)] == [b"state 13", b"state 12"]
     for path in tmp_path.iterdir():
         path.write_bytes(b"damaged")
     write_checkpoint(tmp_path, 5, b"state 5")  # started anew
-    assert read_checkpoint(tmp_path) == (b"state 5", [])
+    assert [read_checkpoint(path) for path in checkpoints(tmp_path)] == [b"state 5"]
 
 
-def test_leavings_of_a_killed_process_are_cleared(tmp_path):
-    (tmp_path / ".000000001-abc.x.partial").write_bytes(b"half")
-    (tmp_path / "log.csv").write_bytes(b"whole")
-    clear_leavings(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+def test_leavings_of_a_killed_process_are_found(tmp_path, monkeypatch):
+    def killed(*_):
+        raise SystemExit
+
+    write_file(tmp_path / "log.csv", b"whole")
+    monkeypatch.setattr(os, "unlink", killed)
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(SystemExit):
+        write_file(tmp_path / "log.csv", b"half")
+    (left,) = leavings(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"log.csv", left.name}
 
 
 def hold_for_ever(path):
+    commit.HEARTBEAT = float(os.environ.get("HEARTBEAT", "5"))
     with hold(path):
         print("held", flush=True)
         time.sleep(60)
@@ -122,18 +164,89 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
     assert holder(path) is None
     process = holding(path)
     try:
-        assert holder(path) == process.pid
+        assert holder(path) == (process.pid, socket.gethostname())
         with pytest.raises(Held, match=f"held by process {process.pid}"), hold(path):
             pass
         os.kill(process.pid, signal.SIGSTOP)  # a frozen holder keeps it
-        assert holder(path) == process.pid
+        assert holder(path).pid == process.pid
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
     assert holder(path) is None  # the file is still there, and no one has to delete it
     with hold(path):
-        assert path.read_text() == f"{os.getpid()}\n"
+        assert path.read_text() == f"{os.getpid()} {socket.gethostname()}\n"
+
+
+def test_a_holder_elsewhere_is_named_with_its_host(tmp_path):
+    assert str(Holder(7, "node3")) == "process 7 on node3"
+    assert str(Holder(7, socket.gethostname())) == "process 7"
+    assert str(Holder(0, "")) == "another process"
+
+
+def test_whoever_holds_a_lock_shows_signs_of_life_until_it_is_frozen(tmp_path, monkeypatch):
+    monkeypatch.setenv("HEARTBEAT", "0.05")
+    path = tmp_path / "lock"
+    process = holding(path)
+    try:
+        signs = {sign_of_life(path) for _ in range(20) if time.sleep(0.05) is None}
+        assert len(signs) > 2
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(0.2)
+        assert len({sign_of_life(path) for _ in range(20) if time.sleep(0.05) is None}) == 1
+        os.kill(process.pid, signal.SIGCONT)
+        time.sleep(0.2)
+        assert sign_of_life(path) not in signs
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_a_lock_whose_file_was_deleted_is_lost(tmp_path, how):
+    path = tmp_path / "lock"
+    with hold(path) as lock:
+        lock.check()
+        path.unlink()
+        if how == "replaced":
+            path.touch()
+        with pytest.raises(Failure, match="was deleted while it was held"):
+            lock.check()
+        with hold(path) as other:  # somebody else has it now
+            other.check()
+
+
+def test_a_lock_taken_just_as_its_file_is_deleted_is_taken_again(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda *a: (monkeypatch.undo(), path.unlink(), flock(*a)))
+    with hold(path) as lock:
+        lock.check()
+
+
+@pytest.mark.parametrize(
+    ("flock", "reason"),
+    [
+        (lambda *_: None, "two can hold one at once"),
+        (lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")), "No locks available"),
+    ],
+)
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch, flock, reason):
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(Failure) as error, hold(tmp_path / "lock"):
+        pass
+    assert str(error.value) == (
+        f"{tmp_path}: locks do not work on its file system ({reason}); name a folder on another"
+    )
+
+
+def test_a_lock_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"), hold(tmp_path / "lock"):
+        pass
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_looking_at_a_lock_does_not_keep_others_from_it(tmp_path):

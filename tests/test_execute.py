@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -59,14 +60,15 @@ def test_a_failed_item_comes_back_whole_and_the_others_go_on(jobs, pack):
     assert [ends[i].kind for i in range(4)] == ["done", "failed", "failed", "done"]
     assert ends[1].value.type == "OSError"
     assert str(ends[1].value) == "/there: No space left on device"
-    assert str(ends[2].value) == "KeyError: 'two'"
+    line = Path(__file__).read_text().splitlines().index('        raise KeyError("two")') + 1
+    assert str(ends[2].value) == f"KeyError: 'two' (test_execute.py, line {line}, in troubled)"
     assert 'raise KeyError("two")' in ends[2].value.traceback
 
 
 def test_a_process_that_dies_fails_its_item_and_is_replaced():
     ends = {e.item: e for e in execute(troubled, [3, 4, 0, 5, 3, 6], places(2)) if e.kind in ("done", "failed")}
     assert [ends[i].kind for i in range(6)] == ["failed", "failed", "done", "done", "failed", "done"]
-    assert str(ends[0].value) == "its process was killed by SIGKILL"
+    assert str(ends[0].value) == "its process was killed by SIGKILL; did memory run out?"
     assert str(ends[1].value) == "its process ended with exit code 7"
 
 
@@ -178,6 +180,7 @@ def test_no_orphans_when_the_parent_is_killed(tmp_path):
 
 
 def test_an_error_is_one_line():
-    assert str(Error("ValueError", "first\nsecond", "")) == "ValueError: first"
-    assert str(Error("MemoryError", "", "")) == "MemoryError"
-    assert str(Error("Failure", "the disk is gone", "")) == "the disk is gone"
+    where = "train.py, line 7, in update"
+    assert str(Error("ValueError", "first\nsecond", where, "")) == f"ValueError: first ({where})"
+    assert str(Error("MemoryError", "", where, "")) == f"MemoryError ({where})"
+    assert str(Error("Failure", "the disk is gone", where, "")) == "the disk is gone"

@@ -1,4 +1,5 @@
 import io
+import os
 
 import pytest
 from conftest import smoke, write_run
@@ -74,12 +75,12 @@ def scripted(runs):
     yield done, Event(0, "started")
     yield done, Event(0, "value", Progress(0, None))
     yield resumed, Event(1, "started")
-    yield resumed, Event(1, "value", Progress(16, epoch(2, 16), "checkpoint x damaged, going on from the one before"))
+    yield resumed, Event(1, "value", Progress(16, epoch(2, 16), ("checkpoint x damaged",)))
     yield done, Event(0, "value", Progress(8, epoch(1, 8)))
     yield done, Event(0, "value", Progress(24, epoch(3, 24, 0.25)))
     yield done, Event(0, "done")
     yield failed, Event(2, "started")
-    yield failed, Event(2, "failed", Error("ValueError", "why", ""))
+    yield failed, Event(2, "failed", Error("ValueError", "why", "train.py, line 7, in update", ""))
     yield diverged, Event(3, "value", Progress(8, epoch(1, 8, 0.9, float("nan"))))
     yield diverged, Event(3, "done")
 
@@ -90,11 +91,27 @@ def test_plain_lines_where_there_is_no_terminal(runs):
         for run, event in scripted(runs):
             shown.show(run, event)
     lines = console.file.getvalue().splitlines()
-    assert lines[0] == "checkpoint x damaged, going on from the one before"
+    assert lines[0] == "checkpoint x damaged"
     assert lines[1].startswith("plain-8-s0  epoch 1/3  step 8/24  train 50.00 %  test 75.00 %  ")
     assert lines[1].endswith(" left")
     assert lines[2] == "plain-8-s0  epoch 3/3  step 24/24  train 25.00 %  test 75.00 %  done"
-    assert lines[3:] == ["plain-8-s1: ValueError: why", "residual-8-s1 diverged: its training loss is nan"]
+    assert lines[3:] == [
+        "plain-8-s1: ValueError: why (train.py, line 7, in update)",
+        "residual-8-s1 diverged: its training loss is nan",
+    ]
+
+
+def test_a_run_that_another_process_has_is_waited_for_and_then_done(runs):
+    console = Console(file=io.StringIO(), width=80)
+    shown = view(runs, console)
+    shown.show(runs[0], Event(0, "started"))
+    shown.show(runs[0], Event(0, "held", "held by process 7; waiting"))
+    assert console.file.getvalue() == "plain-8-s0: held by process 7; waiting\n"
+    assert shown.rows[runs[0].folder].cells()[1].plain == "elsewhere"
+    assert shown.rows[runs[0].folder].active
+    for event in (Event(0, "started"), Event(0, "value", Progress(24, epoch(3, 24, 0.25))), Event(0, "done")):
+        shown.show(runs[0], event)
+    assert shown.rows[runs[0].folder].cells()[1].plain == "done"
 
 
 def test_the_live_table(runs):
@@ -139,6 +156,7 @@ def test_the_plan_says_what_becomes_of_each_run(tmp_path):
         write_run(tmp_path / "s", smoke(seed=seed), [(0.5, 0.5)] if seed == 1 else []) for seed in range(5)
     )
     (failed.folder / store.ERROR).touch()
+    commit.make_folder(interrupted.folder / store.CHECKPOINTS)
     commit.write_checkpoint(interrupted.folder / store.CHECKPOINTS, 5, b"state")
     console = Console(file=io.StringIO(), width=100)
     with commit.hold(running.folder / store.LOCK):
@@ -148,7 +166,7 @@ def test_the_plan_says_what_becomes_of_each_run(tmp_path):
     lines = console.file.getvalue().splitlines()
     plans = [" ".join(line.split()[4:]) for line in lines[1:6]]
     assert plans[:4] == ["new 60 s", "done -", "failed -", "resumed 60 s"]
-    assert plans[4].startswith("running, process ")
+    assert plans[4] == f"waited for, process {os.getpid()} -"
     assert lines[-1].split() == [done.folder.name, "done", "1", "24", "50.00", "%", "50.00", "%"]
 
 

@@ -8,13 +8,14 @@ class Event(NamedTuple):
 
     Args:
         item: its place in the list of items.
-        kind: "started"; "value", something its generator yielded; "done"; "failed"; or "waiting", where there was
-            no room for it beside the others, and it will be started again.
-        value: what was yielded, the `Error` of a failed item, or how many fit beside each other.
+        kind: "started"; "value", something its generator yielded; "done"; "failed"; "waiting", where there was
+            no room for it beside the others, and it will be started again; or "held", which no executor says, but
+            a sweep that has found another process at work on the item.
+        value: what was yielded, the `Error` of a failed item, how many fit beside each other, or who holds it.
     """
 
     item: int
-    kind: Literal["started", "value", "done", "failed", "waiting"]
+    kind: Literal["started", "value", "done", "failed", "waiting", "held"]
     value: Any = None
 
 
@@ -27,10 +28,12 @@ class Error(NamedTuple):
 
     type: str
     message: str
+    where: str
     traceback: str
 
     def __str__(self) -> str:
-        """One line: the type is said where the message alone does not tell, and multi-line messages are cut."""
+        """One line: type and place are said where the message alone does not tell; multi-line messages are cut."""
         line = self.message.strip().partition("\n")[0]
-        expected = ("Failure", "Held", "Crowded", "OSError", "")
-        return line if self.type in expected and line else f"{self.type}: {line}".rstrip(": ")
+        if self.type in ("Failure", "Held", "Crowded", "OSError", "") and line:
+            return line
+        return f"{self.type}: {line}".rstrip(": ") + f" ({self.where})"

@@ -9,6 +9,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any
 
 from degrade.execute import Crowded, Error, Event
@@ -57,11 +58,9 @@ def execute(function: Function, items: Sequence[Any], places: Sequence[str], pac
                 if not worker.process.is_alive() and not worker.items:
                     workers[workers.index(worker)] = _Worker(function, worker.place, pack)
     finally:
-        for worker in workers:
-            worker.process.terminate()
-        for worker in workers:
-            worker.process.join(2)
+        for worker in workers:  # at any moment: whatever they write, they write whole
             worker.process.kill()
+        for worker in workers:
             worker.process.join()
 
 
@@ -108,7 +107,9 @@ def _describe(error: Exception) -> Error:
     name, message = type(error).__name__, str(error)
     if isinstance(error, OSError) and error.strerror:
         name, message = "OSError", ": ".join(filter(None, (str(error.filename or ""), error.strerror)))
-    return Error(name, message, "".join(traceback.format_exception(error)))
+    *_, last = traceback.extract_tb(error.__traceback__)
+    where = f"{Path(last.filename).name}, line {last.lineno}, in {last.name}"
+    return Error(name, message, where, "".join(traceback.format_exception(error)))
 
 
 class _Worker:
@@ -118,11 +119,13 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.place, self.pack = place, pack
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, function, place, pack), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs,), daemon=True)
         with _ignoring_sigint():  # inherited: Ctrl-C goes to the whole group, and the parent ends its workers
             self.process.start()
         theirs.close()
         self.items: list[int] = []
+        with contextlib.suppress(BrokenPipeError):
+            self.pipe.send((function, place, pack))  # so that it can die with us before it imports what that needs
 
     @property
     def room(self) -> bool:
@@ -141,8 +144,9 @@ class _Worker:
             self.process.join()
             code = self.process.exitcode or 0
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            why = "; did memory run out?" if code == -signal.SIGKILL else ""
             lost, self.items = self.items, []
-            return [Event(index, "failed", Error("", f"its process {how}", "")) for index in lost]
+            return [Event(index, "failed", Error("", f"its process {how}{why}", "", "")) for index in lost]
         if event.kind in ("done", "failed", "waiting"):
             self.items.remove(event.item)
         if event.kind == "waiting":
@@ -162,17 +166,15 @@ def _ignoring_sigint() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _work(pipe: connection.Connection, function: Function, place: str, pack: int) -> None:
+def _work(pipe: connection.Connection) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    turns = _Turns(function, place, pack)
-    while True:
-        while not turns.active or pipe.poll():
-            try:
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has died
+        turns = _Turns(*pipe.recv())
+        while True:
+            while not turns.active or pipe.poll():
                 pipe.send(turns.start(*pipe.recv()))
-            except EOFError:
-                return
-        for event in turns.round():
-            pipe.send(event)
+            for event in turns.round():
+                pipe.send(event)
 
 
 def _die_with_parent() -> None:

@@ -1,0 +1,75 @@
+"""SIGTERM and Ctrl-C end a command soon, whatever it is doing, with one line. Standard library only."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import NoReturn
+
+PATIENCE = 3.0  # seconds
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """Raised by a signal, so that what is under way is tidied up as it is after any error.
+
+    Args:
+        number: the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.code = 128 + number
+
+
+@contextlib.contextmanager
+def stopping(message: str) -> Iterator[None]:
+    """In this context SIGINT and SIGTERM end the process with `message` and exit code 130 or 143.
+
+    First `Stopped` is raised, and what runs may tidy up. Where nothing comes of that within a few seconds,
+    since it was swallowed, say, or the interpreter is busy elsewhere, the process ends as it is: nothing that
+    it leaves behind is needed. Signals that were ignored still are. Use it in the main thread.
+    """
+    received: list[int] = []
+
+    def stop(number: int, _: object) -> NoReturn:
+        received.append(number)
+        raise Stopped(number)
+
+    def watch() -> None:
+        while number := os.read(reader, 1):
+            if number[0] in handlers:
+                time.sleep(PATIENCE)
+                _leave(message, number[0])
+        os.close(reader)
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    handlers = {n: handler for n in SIGNALS if (handler := signal.getsignal(n)) != signal.SIG_IGN}
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to at once, before `stop` is called
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        for number in handlers:
+            signal.signal(number, stop)
+        yield
+    except BaseException:
+        if received:  # whatever it may have become on its way here
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+            _leave(message, received[0])  # no interpreter is shut down: some thread may never end
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        os.close(writer)
+
+
+def _leave(message: str, number: int) -> NoReturn:
+    show_cursor = "\x1b[?25h" if os.isatty(2) else ""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{show_cursor}degrade: {message}\n".encode())
+    os._exit(128 + number)
