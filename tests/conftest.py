@@ -13,6 +13,25 @@ from degrade.data import cifar10
 from degrade.log import Epoch, to_csv
 
 
+SOAK = os.environ.get("DEGRADE_SOAK") == "1"  # what `make soak` sets
+TALLY: dict[tuple[str, str], int] = {}
+
+
+def times(full: int) -> int:
+    """How often a test of a promise repeats: so often in `make soak`, a quarter of it elsewhere."""
+    return full if SOAK else -(-full // 4)
+
+
+def tally(promise: int, what: str, count: int = 1) -> None:
+    """Count what a test of a promise has done, for the summary at the end."""
+    TALLY[f"{promise:2d}", what] = TALLY.get((f"{promise:2d}", what), 0) + count
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for (promise, what), count in sorted(TALLY.items()):
+        terminalreporter.write_line(f"| {promise} | {count:,} {what} |")
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the `shapes` data set, drawn once a test session."""
@@ -36,6 +55,12 @@ def smoke(block: str = "plain", depth: int = 8, seed: int = 0, **fields: object)
     """A run of seconds on `shapes`."""
     values = {"dataset": "shapes"} | PROTOCOLS["smoke"] | fields
     return RunConfig(block=block, depth=depth, seed=seed, **values)
+
+
+def micro(block: str = "plain", seed: int = 0, **fields: object) -> RunConfig:
+    """A run of 40 ms on 20 images of `shapes`: six updates, three epochs."""
+    values = {"width": 1, "train_images": 20, "test_images": 10, "batch_size": 10, "steps": 6, "milestones": (3,)}
+    return smoke(block, seed=seed, **values | fields)
 
 
 class Result(NamedTuple):

@@ -34,7 +34,6 @@ from degrade.sweep import (
 )
 from degrade.train import Training
 
-SOAK = 40  # kills in `make soak`
 SWEEP = ["sweep", "--depths", "8,14", "--blocks", "plain,residual", "--dataset", "shapes", "--protocol", "smoke"]
 
 
@@ -88,7 +87,7 @@ class TestResume:
         subprocess.run(command(data_dir, tmp_path, *arguments), check=True, stdout=subprocess.DEVNULL)
         assert digests(tmp_path) == digests(reference)
 
-    @pytest.mark.parametrize("kills", [4, pytest.param(SOAK, marks=pytest.mark.soak)])
+    @pytest.mark.parametrize("kills", [4])
     def test_killed_over_and_over_it_ends_with_the_same_bytes(self, reference, data_dir, tmp_path, kills):
         """SIGKILL after a seeded number of commits, in the middle of runs; its workers end by themselves."""
         rng = random.Random(kills)

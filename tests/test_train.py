@@ -179,7 +179,7 @@ class TestRun:
 
     def test_a_state_of_another_run_is_refused(self, splits):
         state = Training(smoke(), splits).state()
-        with pytest.raises(ValueError, match="it is of plain-8-s0-.*, not of plain-8-s1-"):
+        with pytest.raises(ValueError, match=r"it is of plain-8-s0-.*, not of plain-8-s1-"):
             Training(smoke(seed=1), splits).restore(state)
 
     def test_a_finished_run_has_nothing_left_to_do(self, splits):
