@@ -1,21 +1,26 @@
-"""`degrade check`: is every file of the results what it should be, and what can be written anew from the others?"""
+"""`degrade check`: is every file of the results what it should be, and what can be written anew from the others?
 
+A run's name vouches for its configuration, a checkpoint's for its bytes, and the newest checkpoint for the log.
+"""
+
+import contextlib
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from degrade import commit, store
-from degrade.config import PROTOCOLS, RunConfig, overridden
+from degrade.config import PROTOCOLS, RunConfig, overridden, run_id
 from degrade.errors import Failure
-from degrade.log import Epoch, to_csv
+from degrade.log import from_csv, to_csv
 from degrade.provenance import Clock
 from degrade.store import Run, Study, to_json
 from degrade.train import State, read_state
 
 PARTS = (store.CONFIG, store.LOG, store.CHECKPOINTS, store.ENVIRONMENT, store.TIMING)  # any of them makes a run
+NAME = re.compile(r"(plain|residual)-([0-9]{1,9})-s([0-9]{1,10})-[0-9a-f]{8}")  # of a run's folder
 OLD = 60.0  # seconds, after which nobody is writing a file any more
 
 
@@ -25,7 +30,7 @@ class Finding(NamedTuple):
     Args:
         path: the file.
         problem: what is wrong with it.
-        remedy: what `mend` does about it.
+        remedy: what `mend` does about it, such as "removed".
         mend: None where nothing can be done: what is lost cannot be derived from the other files.
     """
 
@@ -35,14 +40,16 @@ class Finding(NamedTuple):
     mend: Callable[[], None] | None = None
 
 
-@dataclass(frozen=True)
-class Checked:
-    """One study: its folder, how many runs have which status, how many logs had no checkpoint to compare with."""
+class Checked(NamedTuple):
+    """One study: its folder, how many runs have which status, what was found, how many logs stand alone.
+
+    These have no checkpoint to be compared with.
+    """
 
     folder: Path
-    statuses: Counter[str] = field(default_factory=Counter)
-    findings: list[Finding] = field(default_factory=list)
-    alone: list[Path] = field(default_factory=list)
+    statuses: Counter[str]
+    findings: list[Finding]
+    alone: int
 
 
 def check(root: Path, *, repair: bool = False) -> Iterator[Checked]:
@@ -52,175 +59,243 @@ def check(root: Path, *, repair: bool = False) -> Iterator[Checked]:
 
     Raises:
         ValueError: `root` is not a folder, or there is no study in it.
-        OSError: what was to be mended cannot be written.
+        OSError: what was to be mended cannot be written; it is as it was.
     """
     if not root.is_dir():
-        raise ValueError(f"{root} is not a folder; name a folder of results, such as results/")
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise ValueError(f"{root} {what}; name a folder of results, such as results/")
     folders = {path.parent for path in root.rglob(store.STUDY)}
-    folders |= {path.parent.parent for name in (store.CONFIG, store.LOG) for path in root.rglob(f"*/{name}")}
+    folders |= {path.parent for path in root.rglob("*-s*-*") if NAME.fullmatch(path.name) and _is_run(path)}
     if not folders:
-        raise ValueError(f"{root} holds no study")
+        raise ValueError(f"{root} holds no study (a folder with {store.STUDY})")
     for folder in sorted(folders):
         yield _check_study(folder, repair)
 
 
+def _is_run(folder: Path) -> bool:
+    return any((folder / part).exists() for part in PARTS)
+
+
 def _check_study(folder: Path, repair: bool) -> Checked:
-    checked = Checked(folder)
+    runs = sorted(path for path in folder.iterdir() if _is_run(path))
+    shared, findings = _study(folder, runs)
+    if repair:
+        _mend(findings)
+    statuses, alone = Counter[str](), 0
+    for run in runs:
+        found = _settled(run, shared, repair)
+        if found is None:
+            statuses["running"] += 1
+            continue
+        findings += found
+        try:
+            there = Run.open(folder.name, run)
+        except (Failure, OSError):
+            statuses["unreadable"] += 1
+        else:
+            statuses[there.status] += 1
+            alone += bool(there.epochs and not there.has_checkpoint)
+    return Checked(folder, statuses, findings, alone)
 
-    def note(finding: Finding) -> None:
-        checked.findings.append(finding)
-        if repair and finding.mend:
-            finding.mend()
 
-    for finding in _study(folder):
-        note(finding)
+def _settled(folder: Path, shared: dict[str, Any] | None, repair: bool) -> list[Finding] | None:
+    """What is wrong with a run, mended if that is asked for; None where the run is under way, or was just now."""
+    lock = folder / store.LOCK
+    if commit.holder(lock):
+        return None
+    findings = list(_run(folder, shared))
+    if not (repair and any(finding.mend for finding in findings)):
+        return None if commit.holder(lock) else findings
+    try:
+        with commit.hold(lock):
+            findings = list(_run(folder, shared))
+            _mend(findings)
+            return findings
+    except commit.Held:
+        return None
+
+
+def _mend(findings: list[Finding]) -> None:
+    for finding in findings:
+        try:
+            if finding.mend:
+                finding.mend()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(finding.path)) from None
+
+
+def _study(folder: Path, runs: list[Path]) -> tuple[dict[str, Any] | None, list[Finding]]:
+    """What the runs have in common, as far as it is known, and what is wrong with study.json."""
+    path, findings = folder / store.STUDY, []
+    configs = [config for config, _ in (_config(run, None) for run in runs) if config]
+    shared = configs[0].shared() if configs and all(c.shared() == configs[0].shared() for c in configs) else None
+    problem = ""
     try:
         study = Study.open(folder)
-    except (Failure, OSError):
-        study = None
-    for run_folder in sorted({path.parent for part in PARTS for path in folder.glob(f"*/{part}")}):
-        if commit.holder(run_folder / store.LOCK):
-            checked.statuses["running"] += 1
-            continue
-        if repair and any(finding.mend for finding in _run(run_folder, study)):
-            with commit.hold(run_folder / store.LOCK):
-                for finding in _run(run_folder, study):
-                    note(finding)
-        else:
-            for finding in _run(run_folder, study):
-                note(finding)
-        try:
-            run = Run.open(folder.name, run_folder)
-        except (Failure, OSError):
-            checked.statuses["unreadable"] += 1
-            continue
-        checked.statuses[run.status] += 1
-        if run.epochs and not run.has_checkpoint:
-            checked.alone.append(run_folder)
-    return checked
-
-
-def _study(folder: Path) -> Iterator[Finding]:
-    path = folder / store.STUDY
-    try:
-        Study.open(folder)
+        if shared and shared != study.shared:
+            problem = f"is not of its runs: {store.difference(study.shared, configs[0])}"
+        elif study.protocol not in PROTOCOLS:
+            problem = f"names a protocol that there is not: {study.protocol!r}"
     except (Failure, OSError) as error:
-        configs = []
-        for run_folder in {other.parent for other in folder.glob(f"*/{store.CONFIG}")}:
-            try:
-                configs.append(Run.open(folder.name, run_folder).config)
-            except (Failure, OSError):
-                continue
-        yield _rewritten(path, _reason(error, path), "from its runs' configurations", _study_file(configs))
+        problem = _reason(error, path)
+    if problem:
+        findings.append(_rewritten(path, problem, "its runs", _study_file(shared) if shared else None))
+    else:
+        shared = store.read_json(path)["shared"]  # its fields are those of the version that wrote it
     for partial in commit.leavings(folder) + commit.leavings(folder / "figures"):
-        if time.time() - partial.stat().st_mtime > OLD:
-            yield _leaving(partial)
+        with contextlib.suppress(FileNotFoundError):  # it has just been given its name
+            if time.time() - partial.stat().st_mtime > OLD:
+                findings.append(_leaving(partial))
+    return shared, findings
 
 
-def _study_file(configs: list[RunConfig]) -> bytes | None:
-    """study.json of these runs, where they are of one study. Its protocol is the one they differ from least."""
-    if not configs or any(config.shared() != configs[0].shared() for config in configs):
-        return None
-    shared = configs[0].shared()
+def _study_file(shared: dict[str, Any]) -> bytes:
+    """Its protocol is the one that the runs differ from least."""
     protocol = min(PROTOCOLS, key=lambda name: len(overridden(name, shared)))
     return to_json({"protocol": protocol, "shared": shared})
 
 
-def _run(folder: Path, study: Study | None) -> Iterator[Finding]:
+def _run(folder: Path, shared: dict[str, Any] | None) -> Iterator[Finding]:
     for partial in commit.leavings(folder) + commit.leavings(folder / store.CHECKPOINTS):
         yield _leaving(partial)
-    state, bad = _checkpoints(folder)
+    config, finding = _config(folder, shared)
+    if finding:
+        yield finding
+    state, bad = _checkpoints(folder, config)
+    for path, problem in bad:
+        yield Finding(path, problem)
+    if config:
+        if shared and (of := RunConfig.from_dict(config.as_dict() | shared).shared()) != config.shared():
+            yield Finding(folder / store.CONFIG, f"is of another study: {store.difference(of, config)}")
+        yield from _log(folder, config, state)
+    yield from _environment(folder)
+    yield from _timing(folder)
+
+
+def _config(folder: Path, shared: dict[str, Any] | None) -> tuple[RunConfig | None, Finding | None]:
+    """The configuration of a run, as far as it is known, and what is wrong with its config.json."""
     path = folder / store.CONFIG
     try:
-        config = Run.open("", folder).config
+        return Run.open("", folder).config, None
     except (Failure, OSError) as error:
-        derived = to_json(state.config.as_dict()) if state and state.config.run_id == folder.name else None
-        yield _rewritten(path, _reason(error, path), "from its checkpoint", derived)
-        if not derived or not state:
-            return
-        config = state.config
-    if study and config.shared() != study.shared:
-        yield Finding(path, f"it is of another study: {store.difference(study.shared, config)}")
-    if state and state.config != config:
-        yield Finding(folder / store.CHECKPOINTS, f"its checkpoint is of {state.config.run_id}")
-        return
-    yield from _log(folder, config, state)
-    yield from _environment(folder)
-    finished = Run("", folder, config).outcome
-    for path, problem in bad:
-        if state or finished:
-            yield Finding(path, problem, "removed", lambda path=path: commit.remove(path))  # type: ignore[misc]
-        else:
-            yield Finding(path, f"{problem}; no other is left, and a sweep starts anew")
+        problem = _reason(error, path)
+    state, _ = _checkpoints(folder, None)
+    name = NAME.fullmatch(folder.name)
+    for source, values in (
+        ("its checkpoint", state and state.config.as_dict()),
+        (store.STUDY, name and shared and {"block": name[1], "depth": int(name[2]), "seed": int(name[3])} | shared),
+    ):
+        if values and run_id(values) == folder.name:
+            return RunConfig.from_dict(values), _rewritten(path, problem, source, to_json(values))
+    return None, Finding(path, problem)
 
 
-def _checkpoints(folder: Path) -> tuple[State | None, list[tuple[Path, str]]]:
-    """The newest sound one, and what is wrong with others."""
+def _checkpoints(folder: Path, config: RunConfig | None) -> tuple[State | None, list[tuple[Path, str]]]:
+    """The newest sound one of this configuration, else of the run's name; and what is wrong with the others."""
     newest, bad = None, []
     for path in commit.checkpoints(folder / store.CHECKPOINTS):
         try:
             state = read_state(commit.read_checkpoint(path))
-            if int(path.name.partition("-")[0]) != state.step:
-                raise ValueError(f"it is of step {state.step}")
-            newest = newest or state
+            if not path.name.startswith(f"{state.step:09d}-"):
+                raise ValueError(f"is of step {state.step}")
+            if config and state.config != config:
+                raise ValueError(f"is of {state.config.run_id}")
+            if config or state.config.run_id == folder.name:
+                newest = newest or state
         except ValueError as error:
-            bad.append((path, str(error)))
+            problem = str(error).removeprefix("it ")
+            bad.append((path, f"{problem}; a later one is sound" if newest else problem))
     return newest, bad
 
 
 def _log(folder: Path, config: RunConfig, state: State | None) -> Iterator[Finding]:
     path = folder / store.LOG
-    run = Run("", folder, config)
-    validation = config.val_images > 0
-    derived = to_csv(state.epochs, validation=validation).encode() if state and state.epochs else None
-    if not path.exists():
-        if derived:
-            yield _rewritten(path, "it is missing", "from its checkpoint", derived)
+    known = state.epochs if state else []
+    derived = to_csv(known, validation=config.val_images > 0).encode() if known else None
+    try:
+        there = path.read_bytes()
+        problem = _problem(there, config, state)
+    except FileNotFoundError:
+        if not (known or (not state and _timed(folder))):
+            return
+        there, problem = b"", "is missing"
+    except OSError as error:
+        there, problem = b"", error.strerror or "cannot be read"
+    if not problem:
         return
-    if run.problem:
-        problem = run.problem.removeprefix(f"{path}: ").partition(";")[0]
-        yield _rewritten(path, problem, "from its checkpoint", derived)
-        return
-    rows, there = run.epochs, path.read_bytes()
-    if state and len(rows) > len(state.epochs) and there.startswith(derived or b""):
-        yield Finding(path, f"it goes on to step {rows[-1].step}, the newest sound checkpoint only to {state.step}")
-    elif derived and there != derived:
-        behind = derived.startswith(there)
-        problem = f"it lacks the last {len(state.epochs) - len(rows)}" if state and behind else "it is not that"
-        yield _rewritten(path, f"{problem} of its checkpoint's rows", "from its checkpoint", derived)
-    elif not derived and (wrong := _first_wrong(rows, config)):
-        yield Finding(path, f"row {wrong} does not fit {store.CONFIG}")
-    elif not derived and there != to_csv(rows, validation=validation).encode():
-        yield Finding(path, "it is not as degrade wrote it")
+    ended = known and (known[-1].step >= config.steps or known[-1].diverged)
+    if state and not ended and there.count(b"\n") - 1 > len(known):  # rows that no sound checkpoint has
+        yield Finding(path, f"{problem}; delete it, and a sweep goes on from step {state.step}")
+    else:
+        yield _rewritten(path, problem, "its checkpoint", derived)
 
 
-def _first_wrong(rows: list[Epoch], config: RunConfig) -> int | None:
-    """The number of the first row whose step or learning rate is not the configuration's."""
+def _problem(log: bytes, config: RunConfig, state: State | None) -> str:
+    """How the log differs from its checkpoint or, without one, from what it can be; empty where it does not."""
+    known = state.epochs if state else []
+    try:
+        rows = from_csv(log.decode(errors="replace"))
+    except ValueError as error:
+        return str(error)
+    for row, its in zip(rows, known, strict=False):
+        if repr(row) != repr(its):  # NaN is not equal to itself
+            return f"row {row.epoch} is not that of its checkpoint"
+    if len(rows) < len(known):
+        return f"lacks the last {len(known) - len(rows)} of its checkpoint's {len(known)} rows"
     for row in rows:
         if (row.step, row.lr) != (config.epoch_end(row.epoch), config.lr_at(row.step - 1)):
-            return row.epoch
-    return None
+            return f"row {row.epoch} does not fit {store.CONFIG}"
+    if log != to_csv(rows, validation=config.val_images > 0).encode():
+        return "is not written as degrade writes it"
+    if state and len(rows) > len(known):
+        return f"has {len(rows)} rows, its newest sound checkpoint {len(known)}"
+    return ""
 
 
 def _environment(folder: Path) -> Iterator[Finding]:
-    begun = (folder / store.LOG).exists() or commit.checkpoints(folder / store.CHECKPOINTS)
     path = folder / store.ENVIRONMENT
+    begun = (folder / store.LOG).exists() or commit.checkpoints(folder / store.CHECKPOINTS)
     try:
-        if path.exists() or begun:
-            store.read_json(path)["threads"]
-    except KeyError:
-        yield Finding(path, "it does not say how many threads there were")
+        values = store.read_json(path)
+    except FileNotFoundError:
+        if begun:
+            yield Finding(path, "is missing")
     except (Failure, OSError) as error:
         yield Finding(path, _reason(error, path))
+    else:
+        threads, changes = values.get("threads"), values.get("changes", [])
+        if not (isinstance(threads, int) and threads > 0):
+            yield Finding(path, "does not say how many threads there were")
+        elif not (isinstance(changes, list) and all(isinstance(c, dict) and "step" in c for c in changes)):
+            yield Finding(path, "does not say what has changed from which step on")
+
+
+def _timing(folder: Path) -> Iterator[Finding]:
     path = folder / store.TIMING
-    if path.exists() and path.read_bytes() != (sound := Clock(path).csv().encode()):
-        yield _rewritten(path, "it has rows that are not degrade's", "without them", sound)
+    try:
+        lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
+    except FileNotFoundError:  # it is written last, and a kill may come before
+        return
+    except OSError as error:
+        yield Finding(path, error.strerror or "cannot be read")
+        return
+    if lines[:1] != [Clock.HEADER]:
+        yield Finding(path, "the header is not degrade's")
+    elif bad := [number for number, line in enumerate(lines) if number and not Clock.ROW.fullmatch(line)]:
+        yield Finding(path, f"row {bad[0]} is not degrade's")
+
+
+def _timed(folder: Path) -> bool:
+    """Whether timing.csv knows of epochs."""
+    with contextlib.suppress(OSError):
+        return bool(re.search(rb"\n[1-9]", (folder / store.TIMING).read_bytes()))
+    return False
 
 
 def _rewritten(path: Path, problem: str, source: str, data: bytes | None) -> Finding:
-    if data is None:
+    if data is None or path.is_dir():
         return Finding(path, problem)
-    return Finding(path, problem, f"written anew {source}", lambda: commit.write_file(path, data))
+    return Finding(path, problem, f"restored from {source}", lambda: commit.write_file(path, data))
 
 
 def _leaving(path: Path) -> Finding:
@@ -228,6 +303,8 @@ def _leaving(path: Path) -> Finding:
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """Without the path, which is told beside it."""
-    text = (error.strerror or "") if isinstance(error, OSError) else str(error)
-    return text.removeprefix(f"{path} ").removeprefix(f"{path}: ")
+    """Without the path, which is told beside it, and without advice."""
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    text = (error.strerror or "cannot be read") if isinstance(error, OSError) else str(error)
+    return text.removeprefix(f"{path} ").removeprefix(f"{path}: ").partition("; restore it")[0]

@@ -80,8 +80,13 @@ def main() -> None:
 
 
 def _exit(message: str, code: int) -> NoReturn:
-    print("degrade: " + re.sub(r"[\x00-\x1f\x7f]", lambda control: repr(control[0])[1:-1], message), file=sys.stderr)
+    _note(message)
     sys.exit(code)
+
+
+def _printable(text: str) -> str:
+    """Control characters, of a file's name say, neither end the line nor reach the terminal."""
+    return re.sub(r"[\x00-\x1f\x7f]", lambda control: repr(control[0])[1:-1], text)
 
 
 def _version(asked: bool) -> None:
@@ -276,12 +281,12 @@ def _how(machine: "Machine") -> str:
 
 
 def _note(text: str) -> None:
-    print(f"degrade: {text}", file=sys.stderr)
+    print(f"degrade: {_printable(text)}", file=sys.stderr)
 
 
 def _say(text: str) -> None:
     """One line, however narrow the terminal."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(_printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def _count(number: int, thing: str) -> str:
@@ -349,26 +354,30 @@ def show(
 def check(
     results: Results = Path("results"),
     repair: Annotated[bool, typer.Option("--repair", help="Write anew what can be derived from other files.")] = False,
-) -> int:
+) -> None:
     """Verify every file of every run: configurations, checkpoints, logs. Exit code 1 where something is wrong.
 
     Example: degrade check results/ --repair
     """
     from degrade.check import check as checks
 
-    left = 0
+    findings = []
     for checked in checks(results, repair=repair):
-        total = _count(checked.statuses.total(), "run")
-        _say(f"{checked.folder}: {total} ({', '.join(f'{n} {status}' for status, n in checked.statuses.items())})")
-        for path, problem, remedy, mend in checked.findings:
-            then = f"; {'mended' if repair else 'with --repair'}: {remedy}" if mend else ""
-            _say(f"{path}: {problem}{then}")
-            left += not (repair and mend)
+        states = ", ".join(f"{count} {status}" for status, count in sorted(checked.statuses.items())) or "none"
+        runs = f"{_count(checked.statuses.total(), 'run')} ({states})"
+        _say(f"{checked.folder}: {runs}{'' if checked.findings else ', nothing wrong'}")
         if checked.alone:
-            _say(f"{_count(len(checked.alone), 'log')} with no checkpoint to compare with")
-        if not checked.findings:
-            _say("nothing wrong")
-    return int(left > 0)
+            _say(f"  {_count(checked.alone, 'log')} with no checkpoint to compare with")
+        for path, problem, remedy, mend in checked.findings:
+            _say(str(path))
+            _say(f"  {problem}" + (f"; {'' if repair else 'can be '}{remedy}" if mend else ""))
+        findings += checked.findings
+    mendable = sum(bool(finding.mend) for finding in findings)
+    lost = len(findings) - mendable
+    if left := lost if repair else len(findings):
+        mends = f"; --repair mends {mendable}" if mendable and not repair else ""
+        advice = f"; {'otherwise ' if mends else ''}restore the file, or delete it and sweep again" if lost else ""
+        _exit(f"{_count(left, 'problem')}{mends}{advice}", 1)
 
 
 @app.command()

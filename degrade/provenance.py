@@ -46,8 +46,9 @@ class Provenance:
         for change in self.before.pop("changes", []):
             self.before |= change
         now |= {"threads": self.before["threads"], "compiled": self.before.get("compiled", False)}
-        if now["compiled"] and not compiled and why_not(device):
-            now["compiled"] = False
+        self.reasons = {}
+        if now["compiled"] and not compiled and (reason := why_not(device)):
+            now["compiled"], self.reasons["compiled"] = False, f" ({reason})"
         self.now = now
 
     @property
@@ -64,7 +65,11 @@ class Provenance:
         if changed:
             self.recorded["changes"] = [*self.recorded.get("changes", []), {"step": step} | changed]
             write_file(self.path, store.to_json(self.recorded))
-        told = [f"{name} was {self.before[name]}, is {changed[name]}" for name in changed if name not in NO_BITS]
+        told = [
+            f"{name} was {self.before[name]}, is {changed[name]}{self.reasons.get(name, '')}"
+            for name in changed
+            if name not in NO_BITS
+        ]
         return f"not bit for bit the unbroken run from step {step} on: {'; '.join(told)}" if told else ""
 
 

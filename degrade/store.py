@@ -122,12 +122,12 @@ class Run:
     @cached_property
     def status(self) -> str:
         """done, running, interrupted, failed, diverged or missing."""
-        if self.holder:
-            return "running"
         if self.refused:
             return "failed"
         if self.outcome:
-            return self.outcome
+            return self.outcome  # whoever may be looking at it
+        if self.holder:
+            return "running"
         if (self.folder / ERROR).exists() or (self.problem and not self.has_checkpoint):
             return "failed"
         if self.epochs or self.has_checkpoint or (self.folder / ENVIRONMENT).exists():

@@ -36,6 +36,9 @@ class TestStatus:
         with commit.hold(run.folder / store.LOCK):
             assert self.status(run) == "running"
         assert self.status(run) == "missing"  # a killed run leaves the file, not the lock
+        done = write_run(tmp_path / "study", smoke(seed=1), [(0.5, 0.5)])
+        with commit.hold(done.folder / store.LOCK):  # by a sweep that looks whether there is something to do
+            assert self.status(done) == "done"
 
 
 class TestDamage:
