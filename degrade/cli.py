@@ -1,6 +1,8 @@
 """The command line: parse, call, print. Torch, pandas and matplotlib are imported by the commands that need them."""
 
 import csv
+import errno
+import io
 import json
 import os
 import re
@@ -21,6 +23,7 @@ from degrade.stopping import Stopped, stopping
 if TYPE_CHECKING:
     from degrade.sweep import Machine
 
+NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)  # a path on the command line that none can be
 LONG = 12 * 3600  # seconds, from which on a shorter protocol is pointed out
 FIELDS = "Fields of the protocol, each of which can be overridden"
 SWEEP_FIELDS = ("depths", "blocks", "seeds", "dataset", "protocol", "study")
@@ -58,6 +61,9 @@ def _field(parser: Callable[[str], Any], text: str, **options: Any) -> Any:
 def main() -> None:
     """Run the command line. Every expected error is one line: exit 2 for usage, 1 for failure."""
     usage_error: type[Any] = typer.BadParameter.__mro__[1]  # of the click that typer uses, whichever that is
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a folder may be called what a terminal cannot show
     try:
         code = app(prog_name="degrade", standalone_mode=False)  # what the command returns; None where all is well
         sys.stdout.flush()
@@ -72,7 +78,8 @@ def main() -> None:
     except Failure as error:
         _exit(str(error), 1)
     except OSError as error:
-        _exit(": ".join(filter(None, (str(error.filename or ""), error.strerror or str(error)))), 1)
+        reason = ": ".join(filter(None, (str(error.filename or ""), error.strerror or str(error))))
+        _exit(reason, 2 if error.errno in NO_PATH else 1)
     except (KeyboardInterrupt, typer.Abort):
         _exit("stopped", 130)
     except Stopped as stop:
@@ -406,7 +413,7 @@ def plot(
         folder = out / name if out else folders[name] / "figures"
         for title, figure in plots.figures(rows).items():
             paths = plots.save(figure, folder, title, kinds)
-            print(f"{paths[0].with_suffix('')}.{{{','.join(kinds)}}}" if len(kinds) > 1 else paths[0])
+            _say(f"{paths[0].with_suffix('')}.{{{','.join(kinds)}}}" if len(kinds) > 1 else str(paths[0]))
     return _tell(damaged)
 
 
@@ -531,7 +538,7 @@ def _read_spec(spec: Path | None) -> dict[str, Any]:
         raise ValueError(f"{spec} is not a file; name a TOML file, or separate lists by commas: --depths 20,56")
     try:
         values = {key.replace("-", "_"): value for key, value in tomllib.loads(spec.read_text()).items()}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{spec}: {error}") from None
     known = list(dict.fromkeys([*SWEEP_FIELDS, *RunConfig(block="plain", depth=20, seed=0).shared()]))
     if unknown := [name for name in values if name not in known]:

@@ -1,9 +1,9 @@
 """The commit protocol: whole files or none, checkpoints that prove themselves, locks that cannot go stale.
 
 Standard library only. Nothing else writes into a folder of results. A checkpoint's name is
-`<step>-<SHA-256 of its bytes>.pt`, so that one rename both publishes and vouches for it, and nothing
-else has to be written in step with it. Whatever changes a disk is called as `os.…`, where the tests
-listen, fail and kill.
+`<step>-<epochs>-<SHA-256 of its bytes>.pt`, so that one rename both publishes and vouches for it, and
+nothing else has to be written in step with it. Whatever changes a disk is called as `os.…`, where the
+tests listen, fail and kill.
 """
 
 import contextlib
@@ -122,12 +122,18 @@ def leavings(folder: Path) -> list[Path]:
     return sorted(folder.glob(".*.partial"))
 
 
-def write_checkpoint(folder: Path, step: int, data: bytes) -> None:
+def write_checkpoint(folder: Path, step: int, data: bytes, *, epochs: int = 0) -> None:
     """Commit `data` as the newest checkpoint in `folder`, then drop all but it and the one before.
 
-    Checkpoints of later steps go too: the run would have gone on from them, had they not been damaged.
+    Later checkpoints go too: the run would have gone on from them, had they not been damaged.
+
+    Args:
+        folder: of the checkpoints of one run.
+        step: updates done.
+        data: the checkpoint.
+        epochs: rows of the log so far. At the end of an epoch there is one more than before, at the same step.
     """
-    path = folder / f"{step:09d}-{hashlib.sha256(data).hexdigest()}.pt"
+    path = folder / f"{step:09d}-{epochs:06d}-{hashlib.sha256(data).hexdigest()}.pt"
     write_file(path, data)
     older = [other for other in checkpoints(folder) if other.name <= path.name]
     for other in checkpoints(folder):
@@ -149,7 +155,7 @@ def read_checkpoint(path: Path) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(error.strerror) from None
-    if path.stem.partition("-")[2] != hashlib.sha256(data).hexdigest():
+    if path.stem.rpartition("-")[2] != hashlib.sha256(data).hexdigest():
         raise ValueError("its bytes are not those it was written with")
     return data
 

@@ -381,7 +381,7 @@ def _commit(
 ) -> None:
     folder = lock.path.parent
     lock.check()
-    commit.write_checkpoint(folder / store.CHECKPOINTS, step, state())
+    commit.write_checkpoint(folder / store.CHECKPOINTS, step, state(), epochs=len(epochs))
     _write_log(folder, config, epochs)
     commit.write_file(folder / store.TIMING, timing.encode())
 

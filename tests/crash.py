@@ -7,9 +7,12 @@ import os
 import random
 import signal
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 from degrade import commit, store
+from degrade import sweep as module
 from degrade.store import Study
 from degrade.sweep import Machine, find_runs, sweep
 
@@ -24,11 +27,35 @@ def run_sweep(out: Path, configs, data_dir: Path, *, commit_seconds: float = 0.0
     """Every event of a sweep over these runs, in this process."""
     there = Study(out / study, study, "smoke", configs[0].shared())
     runs = [run for run in find_runs(there, configs) if run.status not in store.FINISHED]
-    gc.freeze()  # or what is imported would be searched at the start of each run, which takes longer than the run
+    if isinstance(commit.os, Disk):
+        module.ThreadPoolExecutor = Inline  # the same calls in the same order each time
+    module.gc = SimpleNamespace(collect=lambda: None)  # it takes longer than a run of these
     try:
         yield from sweep(there, runs, Machine("cpu", 1, 1), data_dir, commit_seconds=commit_seconds)
     finally:
-        gc.unfreeze()
+        module.gc = gc
+        module.ThreadPoolExecutor = ThreadPoolExecutor
+
+
+class Inline:
+    """An executor without a thread."""
+
+    def __init__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
 
 
 def finish(out: Path, configs, data_dir: Path, **options) -> None:
@@ -144,22 +171,20 @@ class RecordingDisk(Disk):
         self.count = 0
 
     def record(self, name, arguments, result):
-        paths = [os.path.relpath(a, self.root) for a in arguments if isinstance(a, Path)]
-        if name == "open":
-            is_folder = os.path.isdir(arguments[0])
-            if arguments[1] & os.O_CREAT:
-                self.count += 1
-                self.log.append(("create", paths[0], self.count))
-            if is_folder:
-                self.inodes[result] = paths[0]
-            else:
-                self.inodes[result] = self.count
+        paths = [os.path.relpath(argument, self.root) for argument in arguments if isinstance(argument, Path)]
+        if any(path.startswith("..") for path in paths):
+            self.inodes[result] = ".."
+        elif name == "open" and os.path.isdir(arguments[0]):
+            self.inodes[result] = paths[0]
+        elif name == "open":
+            self.count += 1
+            self.inodes[result] = self.count
+            self.log.append(("open", paths[0], self.count))
         elif name in ("write", "pwrite"):
-            data = bytes(arguments[1])[:result]
-            self.log.append((name, self.inodes[arguments[0]], data))
-        elif name in ("fsync", "truncate"):
+            self.log.append((name, self.inodes[arguments[0]], bytes(arguments[1])[:result]))
+        elif name in ("fsync", "truncate") and self.inodes[arguments[0]] != "..":
             self.log.append((name, self.inodes[arguments[0]], *arguments[1:]))
-        elif name != "close":
+        elif paths:
             self.log.append((name, *paths))
 
 
@@ -170,6 +195,7 @@ class PowerCut:
     """
 
     def __init__(self) -> None:
+        self.same: dict[int, object] = {}  # the inode that one opened again has in truth
         self.bytes: dict[int, bytes] = {}
         self.synced: dict[int, bytes] = {}
         self.folders: dict[str, dict[str, object]] = {".": {}}  # as a process sees them: an inode, or "folder"
@@ -178,18 +204,18 @@ class PowerCut:
 
     def apply(self, operation: tuple) -> None:
         name, *arguments = operation
-        if name == "create":
+        if name == "open":
             path, inode = arguments
-            folder, entry = os.path.split(path)
-            there = self.folders[folder or "."].get(entry)
+            there = self.folders[os.path.dirname(path) or "."].get(os.path.basename(path))
             if there is None:
                 self.bytes[inode] = self.synced[inode] = b""
                 self._change(path, inode)
-            else:  # opened again
-                self.bytes[inode], self.synced[inode] = self.bytes[there], self.synced[there]
-                self.folders[folder or "."][entry] = inode
-                self._change(path, inode)
-        elif name == "write":
+            else:
+                self.same[inode] = there
+            return
+        if isinstance(arguments[0], int):
+            arguments[0] = self.same.get(arguments[0], arguments[0])
+        if name == "write":
             self.bytes[arguments[0]] += arguments[1]
         elif name == "pwrite":
             inode, data = arguments

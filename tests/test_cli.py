@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 from conftest import smoke, write_run
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from degrade import commit, store
 from degrade.cli import app
@@ -20,30 +18,6 @@ from degrade.config import PROTOCOLS, RunConfig
 from degrade.sweep import training_flops
 
 ROOT = Path(__file__).parent.parent
-
-
-WORDS = st.sampled_from(
-    [
-        *(
-            "sweep",
-            "show",
-            "plot",
-            "verdict",
-            "--help",
-            "--pack",
-            "--compile",
-            "--version",
-            "--json",
-            "--csv",
-            "--dry-run",
-            "--retry-failed",
-        ),
-        *("--depths", "--blocks", "--seeds", "--dataset", "--protocol", "--study", "--device", "--jobs", "--threads"),
-        *("--steps", "--lr", "--width", "--milestones", "--val-images", "--batch-size", "--decay", "--formats"),
-        *("20", "8,14", "20,,56", "21", "0", "-1", "1e9", "nan", "plain", "residual", "shapes", "smoke", "cpu", "auto"),
-        *("", " ", ",", "\n", "\x1b[31m", "ü", "../x", "r/none", "r/new\nline", "[bold]", "--", "-", "9" * 40),
-    ]
-)
 
 
 def sweep_arguments(tmp_path, data_dir, *arguments):
@@ -321,16 +295,6 @@ class TestBadInput:
         assert message in result.stderr
         assert result.stderr.count("\n") == 1
         assert not (tmp_path / "r").exists()
-
-    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(st.lists(WORDS, max_size=8))
-    def test_any_command_line_ends_in_0_1_or_2_with_one_line_and_writes_nothing(self, cli, tmp_path, words):
-        """1 is for what is outside the command line: a folder that holds another program's file, say."""
-        before = sorted(tmp_path.rglob("*"))
-        result = cli(*(str(tmp_path / word) if word.startswith("r/") else word for word in words))
-        assert result.exit_code in (0, 2), result
-        assert result.stderr.count("\n") == (1 if result.exit_code else 0), result.stderr
-        assert sorted(tmp_path.rglob("*")) == before
 
     @pytest.mark.parametrize(
         ("text", "message"),

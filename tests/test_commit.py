@@ -129,6 +129,18 @@ def test_a_checkpoint_written_after_damage_is_the_newest_and_stays(tmp_path):
     assert [read_checkpoint(path) for path in checkpoints(tmp_path)] == [b"state 5"]
 
 
+def test_at_one_step_the_checkpoint_with_more_epochs_is_the_newer(tmp_path):
+    """Whatever their hashes: one was written before the epoch's row was, one after, and both may be there."""
+    for step in range(20):
+        for path in tmp_path.iterdir():
+            path.unlink()
+        write_checkpoint(tmp_path, step, b"before", epochs=1)
+        (before,) = checkpoints(tmp_path)
+        write_checkpoint(tmp_path, step, b"after %d" % step, epochs=2)
+        write_file(before, b"before")  # not dropped yet, or come back with the power
+        assert read_checkpoint(checkpoints(tmp_path)[0]) == b"after %d" % step
+
+
 def test_leavings_of_a_killed_process_are_found(tmp_path, monkeypatch):
     def killed(*_):
         raise SystemExit

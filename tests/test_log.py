@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from degrade.log import Epoch, from_csv, to_csv
@@ -22,6 +24,10 @@ def test_reading_gives_the_same_numbers_back():
     text = to_csv([row], validation=True)
     assert text.splitlines()[0].endswith(",val_loss,val_error")
     assert from_csv(text) == [row]
+
+
+def test_an_infinite_training_loss_is_diverged():
+    assert replace(ROWS[0], train_loss=float("inf")).diverged
 
 
 def test_nan_is_diverged():
