@@ -5,7 +5,7 @@ READY := .venv/.ready
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint typecheck figures bench soak wheel clean
+.PHONY: help demo test lint typecheck figures bench soak mutations wheel clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,9 @@ bench: $(READY)  ## The engine beside the public loop on this machine (needs DEG
 
 soak: $(READY)  ## The tests of the promises, four times as often as in make test (tests/SOAK.md)
 	DEGRADE_SOAK=1 $(BIN)/python -m pytest -m promise
+
+mutations: $(READY)  ## Break each promise in a copy of the code, and see its test fail
+	$(BIN)/python tests/mutations.py
 
 wheel: $(READY)  ## Build dist/*.whl
 	$(BIN)/python -m build --wheel

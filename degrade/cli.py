@@ -112,7 +112,7 @@ def root(
 
 
 @app.command()
-@stopping("stopped; the same command goes on from the last checkpoints, seconds back")
+@stopping("stopped; the same command goes on from the last checkpoints")
 def sweep(
     spec: Annotated[
         Path | None, typer.Argument(help="A TOML file with depths, blocks, ... and fields; flags win.")

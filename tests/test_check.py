@@ -16,7 +16,7 @@ from degrade.config import run_id
 from degrade.provenance import Clock, Provenance
 from degrade.store import Run, Study, to_json
 from degrade.sweep import Task, _commit, train_run
-from degrade.train import Training, load_splits
+from degrade.train import Training, load_splits, read_state
 
 RUNS = {"done": micro(), "begun": micro("residual")}
 
@@ -94,13 +94,19 @@ def junk(path):
 
 def edited(path):
     """One value is another, in bytes of the same form."""
+    if path.suffix == ".pt":  # a bit of a weight, which the hash alone tells
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        read_state(bytes(data))
+        path.write_bytes(data)
+        return
     pattern, value = {
         store.STUDY: (rb'"lr": 0.02', b'"lr": 0.05'),
         store.CONFIG: (rb'"seed": 0', b'"seed": 1'),
         store.LOG: (rb"2\.\d+", b"1.5"),
         store.ENVIRONMENT: (rb'"threads": 1', b'"threads": "1"'),
         store.TIMING: (rb"\n2,", b"\n2.0,"),
-    }.get(path.name, (rb"momentum", b"momentus"))
+    }[path.name]
     data, count = re.subn(pattern, value, path.read_bytes(), count=1)
     assert count
     path.write_bytes(data)
@@ -273,6 +279,26 @@ def test_a_configuration_from_git_is_restored_from_the_study(cli, study, made, h
     how(find(study, "done config.json"))
     assert "; restored from study.json\n" in cli("check", study, "--repair").stdout
     assert files(study) == undisturbed
+
+
+@pytest.mark.parametrize("how", ["the folder is renamed", "the study is edited", "both runs are lost"])
+def test_a_configuration_that_no_run_id_proves_is_not_guessed(cli, study, how):
+    from_git(study)
+    path = find(study, "done config.json")
+    path.unlink()
+    if how == "the folder is renamed":
+        path = path.parent.rename(study / "plain-8-s0-00000000") / path.name
+    elif how == "the study is edited":
+        shutil.rmtree(study / RUNS["begun"].run_id)
+        edited(study / store.STUDY)
+    else:
+        find(study, "begun config.json").unlink()
+        (study / store.STUDY).unlink()
+    before = snapshot(study)
+    result = cli("check", study, "--repair")
+    assert result.exit_code == 1
+    assert said(result)[str(path)] == "is missing"
+    assert snapshot(study) == before
 
 
 @pytest.mark.parametrize("how", HOWS)

@@ -89,7 +89,8 @@ def stopped(whole, folder, steps):
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole.folder, folder, ignore=shutil.ignore_patterns("*.pt", store.LOCK))
     for step in steps:
-        commit.write_checkpoint(folder / CONFIG.run_id / store.CHECKPOINTS, step, whole.states[step])
+        checkpoints = folder / CONFIG.run_id / store.CHECKPOINTS
+        commit.write_checkpoint(checkpoints, step, whole.states[step], epochs=step // 2)
     run = Run("s", folder / CONFIG.run_id, CONFIG)
     (run.folder / store.LOG).write_bytes(b"".join(rows(whole.log)[:3]))  # two epochs; it may lag behind
     return run
@@ -101,8 +102,8 @@ def newest_and_older(run):
 
 
 def named(step, data):
-    """The name that vouches for the bytes."""
-    return f"{step:09d}-{hashlib.sha256(data).hexdigest()}.pt"
+    """The name that vouches for the bytes; an epoch is two steps."""
+    return f"{step:09d}-{step // 2:06d}-{hashlib.sha256(data).hexdigest()}.pt"
 
 
 def go_on(run, data_dir):
@@ -189,6 +190,18 @@ FILE_DAMAGE = {
     "a link to itself": (replaced(lambda path: path.symlink_to(path.name)), "Too many levels of symbolic links"),
     "unreadable bytes": (replaced(lambda path: path.symlink_to("/proc/self/mem")), "Input/output error"),
 }
+JUNK = {
+    "nothing": replaced(lambda path: path.touch()),
+    "half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "junk": lambda path: path.write_bytes(random.Random(16).randbytes(300)),
+    "a list": lambda path: path.write_text("[]"),
+    "an empty object": lambda path: path.write_text("{}"),
+    "deep nesting": lambda path: path.write_text("[" * 100_000),
+    "a number of 5,001 digits": lambda path: path.write_text(f'{{"seed": 1{"0" * 5000}}}'),
+    "a folder": replaced(lambda path: path.mkdir()),
+    "a link to itself": replaced(lambda path: path.symlink_to(path.name)),
+    "no file": lambda path: path.unlink(),
+}
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="Linux has a file that cannot be read")
 file_damage = pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[needs_proc] * (kind == "unreadable bytes")) for kind in FILE_DAMAGE]
@@ -259,7 +272,9 @@ class TestDamagedCheckpoints:
         tally(6, "times both checkpoints were damaged: started anew, the same bytes at the end")
 
     @pytest.mark.parametrize(
-        "other", [micro(seed=1), micro("residual"), micro(lr=0.5), micro(weight_decay=0.0), micro(width=2)], ids=str
+        "other",
+        [micro(seed=1), micro("residual"), micro(lr=0.5), micro(weight_decay=0.0), micro(width=2)],
+        ids=["seed", "block", "lr", "weight_decay", "width"],
     )
     def test_a_sound_one_of_another_run_is_passed_over(self, whole, data_dir, tmp_path, other):
         data = states_of(other, data_dir)[6]
@@ -360,6 +375,7 @@ LOG_DAMAGE = {
     "quotes": lambda log: log.replace(b"\n1,", b'\n"1",'),
     "a comment": lambda log: b"# degrade\n" + log,
     "an error of 2": lambda log: log.replace(b"0.9", b"2.0"),
+    "a step twice": lambda log: log.replace(b"\n2,4,", b"\n2,2,"),
     "a step beyond the last": lambda log: log.replace(rows(log)[-1][:4], rows(log)[-1][:2] + b"9,"),
 }
 
@@ -406,12 +422,11 @@ class TestDamagedLog:
         self.goes_on(whole, data_dir, tmp_path / "s", LOG_DAMAGE[kind], steps, kind)
         tally(7, "other kinds of damage to log.csv: written anew from the checkpoint, the same bytes")
 
-    @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.symlink_to(p.name)])
+    @pytest.mark.parametrize("kind", ["no file", "a folder", "a link to itself"])
     @pytest.mark.parametrize("steps", [(4, 5), (5, 6)], ids=["interrupted", "finished"])
-    def test_missing_or_something_else_it_is_whole_in_the_end(self, whole, data_dir, tmp_path, make, steps):
+    def test_missing_or_something_else_it_is_whole_in_the_end(self, whole, data_dir, tmp_path, kind, steps):
         run = stopped(whole, tmp_path / "s", steps)
-        (run.folder / store.LOG).unlink()
-        make(run.folder / store.LOG)
+        JUNK[kind](run.folder / store.LOG)
         go_on(run, data_dir)
         assert_as_undisturbed(run, whole)
 
@@ -503,6 +518,39 @@ class TestDamagedLog:
         assert healthy.outcome == "done"
 
 
+class TestDamageBeside:
+    """Files that a run has beside its log and checkpoints."""
+
+    @pytest.mark.parametrize("kind", ["nothing", "half", "junk", "a folder", "a link to itself"])
+    def test_a_damaged_timing_does_not_stop_a_run(self, whole, data_dir, tmp_path, kind):
+        run = stopped(whole, tmp_path / "s", (4, 5))
+        JUNK[kind](run.folder / store.TIMING)
+        assert go_on(run, data_dir)[0] == ()
+        assert_as_undisturbed(run, whole)
+
+    @pytest.mark.parametrize(
+        "text", ["", "{", "[]", "{}", *(f'{{"threads": {n}}}' for n in ("null", "0", '"1"', "1025", '1, "changes": 5'))]
+    )
+    def test_a_damaged_environment_is_named_in_a_line(self, whole, data_dir, tmp_path, text):
+        """The bits depend on the number of threads, which is nowhere else."""
+        run = stopped(whole, tmp_path / "s", (4, 5))
+        (run.folder / store.ENVIRONMENT).write_text(text)
+        with pytest.raises(Failure, match=store.ENVIRONMENT):
+            go_on(run, data_dir)
+        assert not (run.folder / store.ERROR).exists()
+
+    @pytest.mark.parametrize("kind", ["nothing", "junk", "a folder", "a link to itself"])
+    def test_a_damaged_error_does_not_keep_show_from_the_other_runs(self, tmp_path, cli, kind):
+        failed = write_run(tmp_path / "s", CONFIG, [])
+        (failed.folder / store.ERROR).write_text("ValueError: why")
+        JUNK[kind](failed.folder / store.ERROR)
+        other = write_run(tmp_path / "s", micro(seed=1), [(0.5, 0.5)])
+        result = cli("show", tmp_path)
+        assert result.exit_code in (0, 1)
+        assert other.folder.name in result.stdout
+        assert failed.folder.name in result.stdout
+
+
 # --- Promise 13: no checkpoint executes code ---
 
 
@@ -511,7 +559,7 @@ def put(value):
     return pickletools.optimize(pickle.dumps(value, 2))[2:-1]
 
 
-def name(dotted):
+def imported(dotted):
     """Pickle code that imports something."""
     module, _, last = dotted.rpartition(".")
     return f"c{module}\n{last}\n".encode()
@@ -524,7 +572,7 @@ def call(function, *arguments):
 
 def do(dotted, *values):
     """Pickle code that calls a function with plain values."""
-    return call(name(dotted), *map(put, values))
+    return call(imported(dotted), *map(put, values))
 
 
 def file_with(path, data):
@@ -567,7 +615,7 @@ class Reduces:
         return os.mkdir, (self.path,)
 
 
-MKDIR, PARTIAL, OS = name("os.mkdir"), name("functools.partial"), do("builtins.__import__", "os")
+MKDIR, PARTIAL, OS = imported("os.mkdir"), imported("functools.partial"), do("builtins.__import__", "os")
 
 # Pickle code that makes the file or folder `c`.
 EVIL = {
@@ -579,20 +627,20 @@ EVIL = {
     "timeit.timeit": lambda c: do("timeit.timeit", "pass", f"open({str(c)!r}, 'w')"),
     "runpy.run_path": lambda c: do("runpy.run_path", file_with(c.with_suffix(".py"), b"open(%r, 'w')" % str(c))),
     "__import__ of a hostile module": lambda c: do("builtins.__import__", hostile_module(c)),
-    "a class of a hostile module": lambda c: name(f"{hostile_module(c)}.Net"),
-    "a chain of getattr": lambda c: call(call(name("builtins.getattr"), OS, put("mkdir")), put(str(c))),
+    "a class of a hostile module": lambda c: imported(f"{hostile_module(c)}.Net"),
+    "a chain of getattr": lambda c: call(call(imported("builtins.getattr"), OS, put("mkdir")), put(str(c))),
     "operator.attrgetter": lambda c: call(call(do("operator.attrgetter", "mkdir"), OS), put(str(c))),
     "operator.methodcaller": lambda c: call(do("operator.methodcaller", "mkdir", str(c)), OS),
     "functools.partial": lambda c: call(call(PARTIAL, MKDIR, put(str(c)))),
     "torch.hub": lambda c: do("torch.hub._load_local", hostile_hub(c), "net"),
     "torch.load": lambda c: call(
         PARTIAL  # new, with a keyword
-        + (b"(" + name("torch.load") + put(file_with(c.with_suffix(".pt"), pickled(put(Reduces(c))))) + b"t")
+        + (b"(" + imported("torch.load") + put(file_with(c.with_suffix(".pt"), pickled(put(Reduces(c))))) + b"t")
         + (put({"weights_only": False}) + b"\x92")
     ),
     "torch.storage._load_from_bytes": lambda c: do("torch.storage._load_from_bytes", pickled(put(Reduces(c)))),
     "torch._tensor._rebuild_from_type_v2": lambda c: call(
-        name("torch._tensor._rebuild_from_type_v2"), MKDIR, name("torch.Tensor"), put((str(c),)), put({})
+        imported("torch._tensor._rebuild_from_type_v2"), MKDIR, imported("torch.Tensor"), put((str(c),)), put({})
     ),
     "pickle.loads": lambda c: do("pickle.loads", pickled(put(Reduces(c)))),
     "numpy.load": lambda c: do("numpy.load", hostile_array(c), None, True),
@@ -600,7 +648,7 @@ EVIL = {
     "__reduce__": lambda c: put(Reduces(c)),
     "__reduce_ex__": lambda c: put(ReducesEx(c)),
     "__setstate__": lambda c: call(
-        PARTIAL + (b"(" + name("builtins.print") + b"t\x81") + (b"(" + MKDIR + put((str(c),)) + b"}}tb")
+        PARTIAL + (b"(" + imported("builtins.print") + b"t\x81") + (b"(" + MKDIR + put((str(c),)) + b"}}tb")
     ),
     "copyreg's extension codes": lambda c: (
         do("copyreg.add_extension", "os", "mkdir", 77) + b"0" + call(b"\x82\x4d", put(str(c)))
@@ -924,9 +972,11 @@ BROKEN = {
     "a pickle without an end": lambda s: with_records(s, data_pkl=b"\x80\x02}"),
     "an empty pickle": lambda s: with_records(s, data_pkl=b""),
     "calls on an empty stack": lambda s: with_records(s, data_pkl=pickled(b"R" * 10)),
-    "an entry set in a tensor": lambda s: with_records(s, data_pkl=pickled(call(name("torch.FloatTensor")) + b"K\0Gs")),
+    "an entry set in a tensor": lambda s: with_records(
+        s, data_pkl=pickled(call(imported("torch.FloatTensor")) + b"K\0Gs")
+    ),
     "a memo of nothing": lambda s: with_records(s, data_pkl=pickled(b"h\x09")),
-    "a name that a terminal would obey": lambda s: with_records(s, data_pkl=pickled(name("os.\x1b[2J\x07\x9bx"))),
+    "a name that a terminal would obey": lambda s: with_records(s, data_pkl=pickled(imported("os.\x1b[2J\x07\x9bx"))),
     "no pickle": lambda s: with_records(s, data_pkl=None),
     "a storage shorter than it claims": lambda s: with_records(s, data_0=b"\0"),
     "an empty storage": lambda s: with_records(s, data_0=b""),
@@ -1292,26 +1342,12 @@ class TestOlderResults:
 
 # --- One damaged run does not keep a reader from the others ---
 
-JUNK = {
-    "nothing": replaced(lambda path: path.touch()),
-    "half": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "junk": lambda path: path.write_bytes(random.Random(16).randbytes(300)),
-    "a list": lambda path: path.write_text("[]"),
-    "an empty object": lambda path: path.write_text("{}"),
-    "deep nesting": lambda path: path.write_text("[" * 100_000),
-    "a number of 5,001 digits": lambda path: path.write_text(f'{{"seed": {DIGITS}}}'),
-    "a folder": replaced(lambda path: path.mkdir()),
-    "a link to itself": replaced(lambda path: path.symlink_to(path.name)),
-}
 DAMAGED = {
-    store.CONFIG: JUNK | {"an edit": lambda path: edit(path, lr=0.5), "no file": lambda path: path.unlink()},
-    store.LOG: JUNK
+    store.CONFIG: JUNK | {"an edit": lambda path: edit(path, lr=0.5)},
+    store.STUDY: JUNK | {"an edit": lambda path: edit(path, protocol=5, shared=[])},
+    store.LOG: {kind: damage for kind, damage in JUNK.items() if kind != "no file"}
     | {kind: lambda path, d=damage: path.write_bytes(d(path.read_bytes())) for kind, damage in LOG_DAMAGE.items()},
-    store.STUDY: JUNK
-    | {"an edit": lambda path: edit(path, protocol=5, shared=[]), "no file": lambda path: path.unlink()},
 }
-
-
 HEALTHY = [micro(seed=seed, depth=depth).run_id for depth in (8, 14) for seed in (0, 1)]
 
 

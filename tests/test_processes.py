@@ -148,7 +148,7 @@ def catches_sigterm(pid):
     return bool(int(mask.split()[-1], 16) & 1 << (signal.SIGTERM - 1))
 
 
-LINE = "degrade: stopped; the same command goes on from the last checkpoints, seconds back\n"
+LINE = "degrade: stopped; the same command goes on from the last checkpoints\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells when the command has begun")

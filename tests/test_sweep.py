@@ -6,7 +6,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import smoke
+from conftest import smoke, tally, times
 
 from degrade import commit, store
 from degrade.config import PROTOCOLS, RunConfig
@@ -87,12 +86,12 @@ class TestResume:
         subprocess.run(command(data_dir, tmp_path, *arguments), check=True, stdout=subprocess.DEVNULL)
         assert digests(tmp_path) == digests(reference)
 
-    @pytest.mark.parametrize("kills", [4])
-    def test_killed_over_and_over_it_ends_with_the_same_bytes(self, reference, data_dir, tmp_path, kills):
+    @pytest.mark.promise
+    def test_killed_over_and_over_it_ends_with_the_same_bytes(self, reference, data_dir, tmp_path):
         """SIGKILL after a seeded number of commits, in the middle of runs; its workers end by themselves."""
-        rng = random.Random(kills)
+        rng = random.Random(4)
         resumed = 0
-        for _ in range(kills):
+        for _ in range(times(16)):
             process = subprocess.Popen(
                 [sys.executable, __file__, data_dir, tmp_path], stdout=subprocess.PIPE, text=True
             )
@@ -107,6 +106,7 @@ class TestResume:
             while any_running(tmp_path) and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert not any_running(tmp_path)
+            tally(1, "SIGKILLs of a sweep with two workers")
         assert resumed
         subprocess.run(command(data_dir, tmp_path), check=True, stdout=subprocess.DEVNULL)
         assert digests(tmp_path) == digests(reference)
@@ -155,29 +155,7 @@ def any_running(out):
     return any(commit.holder(folder / store.LOCK) is not None for folder in out.glob("*/*/"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_signals_end_it_within_five_seconds_resumable(data_dir, tmp_path, number, code, jobs):
-    arguments = ("--steps", "100000", "--jobs", jobs, "--study", "long")
-    process = subprocess.Popen(
-        command(data_dir, tmp_path, *arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
-    )
-    for line in process.stdout:
-        if "epoch 1/" in line:
-            break
-    start = time.monotonic()
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=10)
-    assert time.monotonic() - start < 5
-    assert process.returncode == code
-    assert errors == "degrade: stopped; the same command goes on from the last checkpoints, seconds back\n"
-    assert not any_running(tmp_path)
-
-
+@pytest.mark.promise
 @pytest.mark.skipif(not (sys.platform == "linux" and os.geteuid() == 0), reason="only root can mount a small disk")
 def test_a_really_full_disk_and_then_room(reference, data_dir, tmp_path):
     disk = tmp_path / "disk"
@@ -198,6 +176,7 @@ def test_a_really_full_disk_and_then_room(reference, data_dir, tmp_path):
         subprocess.run(command(data_dir, disk), check=True, stdout=subprocess.DEVNULL)
         assert digests(disk) == digests(reference)
         assert not any(disk.rglob("*.partial"))
+        tally(4, "disk of 64 KiB, full at once, then larger")
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -236,7 +215,7 @@ class TestTroubledRuns:
     def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
         self, reference, data_dir, tmp_path, monkeypatch
     ):
-        def full(*_):
+        def full(*_, **__):
             raise OSError(28, "No space left on device")
 
         config = smoke(depth=14)

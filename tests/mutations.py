@@ -1,0 +1,305 @@
+"""Every promise has a test that can fail: each of these changes to the code turns one red. `make mutations`.
+
+A copy of the tree is changed in one place, and the tests named are run there. Exit code 1 if any stays green.
+Words on the command line choose the mutations whose description has one of them.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 400  # seconds; a test that hangs is red
+
+
+class Mutation(NamedTuple):
+    """`old` stands in `file` exactly once."""
+
+    promise: str
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+CRASH, SWEEP, BYTES = "tests/test_crash.py", "tests/test_sweep.py", "tests/test_same_bytes.py"
+PROCESSES, COMMIT, EXECUTE = "tests/test_processes.py", "tests/test_commit.py", "tests/test_execute.py"
+
+MUTATIONS = [
+    Mutation(
+        "1",
+        "the log is written before the checkpoint",
+        "degrade/sweep.py",
+        "    commit.write_checkpoint(folder / store.CHECKPOINTS, step, state(), epochs=len(epochs))\n"
+        "    _write_log(folder, config, epochs)\n",
+        "    _write_log(folder, config, epochs)\n"
+        "    commit.write_checkpoint(folder / store.CHECKPOINTS, step, state(), epochs=len(epochs))\n",
+        f"{CRASH}::test_killed_at_any_sync_point",
+    ),
+    Mutation(
+        "1",
+        "files are written in place",
+        "degrade/commit.py",
+        '    partial = path.with_name(f".{path.name[:20]}.{secrets.token_hex(4)}.partial")\n    try:\n',
+        "    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)\n    os.write(descriptor, data)\n"
+        "    os.fsync(descriptor)\n    os.close(descriptor)\n    return\n    partial = path\n    try:\n",
+        f"{COMMIT}::test_a_failing_disk_leaves_the_old_file_and_no_other",
+    ),
+    Mutation(
+        "1",
+        "a run goes on without its running count",
+        "degrade/train.py",
+        "            self.wrong.fill_(there.wrong)\n",
+        "",
+        f"{CRASH}::test_killed_at_any_sync_point",
+    ),
+    Mutation(
+        "2",
+        "nothing is committed before the end",
+        "degrade/sweep.py",
+        "            if now - committed >= interval and",
+        "            if False and",
+        f"{CRASH}::test_ten_kills_in_a_row_cost_an_epoch_each_at_most",
+    ),
+    Mutation(
+        "3",
+        "old checkpoints are dropped before the new one is there",
+        "degrade/commit.py",
+        "    write_file(path, data)\n    older =",
+        "    for other in checkpoints(folder):\n        remove(other)\n    write_file(path, data)\n    older =",
+        f"{CRASH}::test_any_call_may_fail",
+    ),
+    Mutation(
+        "3",
+        "errors of the thread that writes are not looked at",
+        "degrade/sweep.py",
+        "            pending.result()\n",
+        "",
+        f"{CRASH}::test_any_call_may_fail",
+    ),
+    Mutation(
+        "4",
+        "a full disk makes a run a failed one",
+        "degrade/sweep.py",
+        "        except (OSError, Failure):\n            raise\n        except torch",
+        "        except Failure:\n            raise\n        except torch",
+        f"{SWEEP}::test_a_really_full_disk_and_then_room",
+    ),
+    Mutation(
+        "5",
+        "no file is synced",
+        "degrade/commit.py",
+        "            os.fsync(descriptor)\n        finally:\n            os.close(descriptor)\n        how(",
+        "        finally:\n            os.close(descriptor)\n        how(",
+        f"{CRASH}::test_power_is_cut_after_any_operation",
+    ),
+    Mutation(
+        "5",
+        "no folder is synced after a file was renamed",
+        "degrade/commit.py",
+        "                os.unlink(partial)\n    _sync_folder(path.parent)\n",
+        "                os.unlink(partial)\n",
+        f"{CRASH}::test_power_is_cut_after_any_operation",
+    ),
+    Mutation(
+        "5",
+        "no folder is synced after another was made in it",
+        "degrade/commit.py",
+        "            os.mkdir(path)\n    _sync_folder(path.parent)\n",
+        "            os.mkdir(path)\n",
+        f"{CRASH}::test_power_is_cut_after_any_operation",
+    ),
+    Mutation(
+        "5",
+        "checkpoints of one step are ordered by their hashes",
+        "degrade/commit.py",
+        'f"{step:09d}-{epochs:06d}-{',
+        'f"{step:09d}-{0:06d}-{',
+        f"{COMMIT}::test_at_one_step_the_checkpoint_with_more_epochs_is_the_newer",
+    ),
+    Mutation(
+        "8",
+        "no lock is taken",
+        "degrade/commit.py",
+        "            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))\n            return\n",
+        "            return\n",
+        f"{PROCESSES}::test_eight_sweeps_on_one_folder",
+    ),
+    Mutation(
+        "8",
+        "nobody waits for the runs of others",
+        "degrade/sweep.py",
+        "        todo = held.wait()\n",
+        "        todo = []\n",
+        f"{PROCESSES}::test_both_sweeps_end_with_the_full_table {PROCESSES}::test_eight_sweeps_on_one_folder",
+    ),
+    Mutation(
+        "8",
+        "a frozen process is waited for, for ever",
+        "degrade/sweep.py",
+        "        return now - self.signs[run.folder][1] >= SILENCE\n",
+        "        return False\n",
+        "tests/test_cli.py::TestSweep::test_a_run_that_a_frozen_process_has_is_left_to_it",
+    ),
+    Mutation(
+        "8",
+        "whoever holds a lock shows no sign of life",
+        "degrade/commit.py",
+        "            os.utime(path)\n",
+        "            pass\n",
+        f"{COMMIT}::test_whoever_holds_a_lock_shows_signs_of_life_until_it_is_frozen",
+    ),
+    Mutation(
+        "8",
+        "a lock whose file was deleted is still trusted",
+        "degrade/commit.py",
+        "        if not self.in_place:\n",
+        "        if False:\n",
+        f"{COMMIT}::test_a_lock_whose_file_was_deleted_is_lost",
+    ),
+    Mutation(
+        "10",
+        "a run goes on with as many threads as there happen to be",
+        "degrade/provenance.py",
+        'now |= {"threads": self.before["threads"], "compiled"',
+        'now |= {"threads": threads, "compiled"',
+        f"{BYTES}::TestEnvironment::test_unchanged_there_is_nothing_to_say {SWEEP}::TestResume::test_threads_are_kept",
+    ),
+    Mutation(
+        "10",
+        "momentum is forgotten",
+        "degrade/train.py",
+        "            for here, value in zip(mine, theirs, strict=True):\n",
+        "            for here, value in zip(net.values(), theirs):\n",
+        f"{BYTES}::test_resumed_at_every_epoch_the_same_bytes",
+    ),
+    Mutation(
+        "10",
+        "another environment is not told",
+        "degrade/provenance.py",
+        "        if changed:\n",
+        "        changed = {}\n        if changed:\n",
+        f"{BYTES}::TestEnvironment",
+    ),
+    Mutation(
+        "11",
+        "an infinite loss does not count as diverged",
+        "degrade/log.py",
+        "        return not math.isfinite(self.train_loss)\n",
+        "        return math.isnan(self.train_loss)\n",
+        "tests/test_log.py tests/test_train.py",
+    ),
+    Mutation(
+        "11",
+        "a diverged run goes on",
+        "degrade/train.py",
+        "self.epochs[-1].step >= self.config.steps or self.epochs[-1].diverged)",
+        "self.epochs[-1].step >= self.config.steps)",
+        "tests/test_train.py::TestRun::test_a_diverged_run_stops_at_the_end_of_its_epoch",
+    ),
+    Mutation(
+        "11",
+        "a diverged run is like any other",
+        "degrade/store.py",
+        '            return "diverged"\n',
+        '            return "done"\n',
+        f"{BYTES}::test_a_diverged_run_is_a_visible_row_and_the_others_finish",
+    ),
+    Mutation(
+        "15",
+        "signals are not caught",
+        "degrade/cli.py",
+        '@stopping("stopped; the same command goes on from the last checkpoints")\n',
+        "",
+        f"{PROCESSES}::test_told_to_stop_at_any_time",
+    ),
+    Mutation(
+        "15",
+        "a stop that is swallowed is lost",
+        "degrade/stopping.py",
+        "                _leave(message, number[0])\n",
+        "                pass\n",
+        f"{PROCESSES}::test_a_stop_that_is_swallowed_or_converted_or_late_is_a_stop",
+    ),
+    Mutation(
+        "17",
+        "workers do not watch their parent",
+        "degrade/execute/local.py",
+        "    threading.Thread(target=_die_with_parent, daemon=True).start()\n",
+        "",
+        f"{EXECUTE}::test_no_orphans_when_the_parent_is_killed",
+    ),
+    Mutation(
+        "status",
+        "a run is running as long as its lock's file is there",
+        "degrade/store.py",
+        "        if self.holder:\n",
+        "        if (self.folder / LOCK).exists():\n",
+        f"{PROCESSES}::test_status_is_never_running_once_the_process_has_gone",
+    ),
+    Mutation(
+        "errors",
+        "the traceback of a failed run is not kept",
+        "degrade/sweep.py",
+        "            commit.write_file(task.folder / store.ERROR, traceback.format_exc().encode())\n",
+        "            pass\n",
+        f"{SWEEP}::TestTroubledRuns::test_a_failed_run_is_a_visible_row_and_the_rest_go_on",
+    ),
+]
+
+
+def survives(mutation: Mutation) -> tuple[bool, str]:
+    """Whether its tests stay green, and the last line they print."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "tree"
+        ignored = shutil.ignore_patterns(".venv", ".git", "checkpoints", "*-results", ".*_cache", "__pycache__")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        path = copy / mutation.file
+        path.write_text(changed(path.read_text(), mutation))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests.split()]
+        environment = os.environ | {"PYTHONPATH": str(copy), "MUTATED": str(copy)}
+        process = subprocess.Popen(
+            command, cwd=copy, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.communicate()
+            return False, f"hangs, for {LIMIT} s"
+    assert process.returncode in (0, 1), output  # 1: tests failed; others: they did not run
+    failed = [line.partition(" - ")[0] for line in output.splitlines() if line.startswith("FAILED")]
+    return not failed, failed[0] if failed else output.splitlines()[-1]
+
+
+def changed(text: str, mutation: Mutation) -> str:
+    assert text.count(mutation.old) == 1, f"{mutation.file} does not hold this once: {mutation.old}"
+    return text.replace(mutation.old, mutation.new)
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    chosen = [m for m in MUTATIONS if not words or any(word in f"{m.promise} {m.what}" for word in words)]
+    green = 0
+    for mutation in chosen:
+        start = time.monotonic()
+        survived, line = survives(mutation)
+        green += survived
+        verdict = "GREEN" if survived else "red"
+        print(
+            f"{mutation.promise:>6}  {verdict:5}  {mutation.what}  ({time.monotonic() - start:.0f} s: {line})",
+            flush=True,
+        )
+    print(f"{len(chosen) - green} of {len(chosen)} mutations turn a test red")
+    return int(green > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
