@@ -83,7 +83,7 @@ class Clock:
     ROW = re.compile(r"(\d+),\d+,\d+\.\d+,[-:TZ\d]+\n")
 
     def __init__(self, path: Path):
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
         self.rows = [line for line in lines if self.ROW.fullmatch(line)]
         self.start = time.monotonic()
 

@@ -29,6 +29,7 @@ class Mutation(NamedTuple):
 
 
 CRASH, SWEEP, BYTES = "tests/test_crash.py", "tests/test_sweep.py", "tests/test_same_bytes.py"
+CHECK, LINES, DATA = "tests/test_check.py", "tests/test_command_lines.py", "tests/test_hostile_data.py"
 PROCESSES, COMMIT, EXECUTE = "tests/test_processes.py", "tests/test_commit.py", "tests/test_execute.py"
 
 MUTATIONS = [
@@ -210,6 +211,86 @@ MUTATIONS = [
         '            return "diverged"\n',
         '            return "done"\n',
         f"{BYTES}::test_a_diverged_run_is_a_visible_row_and_the_others_finish",
+    ),
+    Mutation(
+        "12",
+        "the checksums of an archive's members are not compared",
+        "degrade/data/cifar10.py",
+        "and _is_genuine(name, data := content.read())",
+        "and (data := content.read())",
+        DATA,
+    ),
+    Mutation(
+        "12",
+        "tarfile extracts the archive",
+        "degrade/data/cifar10.py",
+        "    files = _unpack(archive, names)\n",
+        "    tarfile.open(archive).extractall(data_dir)\n    files = _unpack(archive, names)\n",
+        DATA,
+    ),
+    Mutation(
+        "12",
+        "data are unpickled whatever their checksum",
+        "degrade/data/cifar10.py",
+        "            if _is_genuine(name, data):\n",
+        "            if data:\n",
+        DATA,
+    ),
+    Mutation(
+        "12",
+        "an archive is opened whatever its checksum",
+        "degrade/data/cifar10.py",
+        "CIFAR10.filename, CIFAR10.tgz_md5)\n    files",
+        "CIFAR10.filename)\n    files",
+        DATA,
+    ),
+    Mutation(
+        "14",
+        "what is wrong with a command line ends in a traceback",
+        "degrade/cli.py",
+        "    except ValueError as error:\n        _exit(str(error), 2)\n    except Failure",
+        "    except Failure",
+        LINES,
+    ),
+    Mutation(
+        "14",
+        "a dry run writes",
+        "degrade/cli.py",
+        "    if dry_run:\n        return\n",
+        "    if dry_run:\n        chosen.create(configs)\n        return\n",
+        LINES,
+    ),
+    Mutation(
+        "check",
+        "the hashes of checkpoints are not verified",
+        "degrade/check.py",
+        "read_state(commit.read_checkpoint(path))",
+        "read_state(path.read_bytes())",
+        CHECK,
+    ),
+    Mutation(
+        "check",
+        "logs are not compared with their checkpoints",
+        "degrade/check.py",
+        "if repr(row) != repr(its):",
+        "if False:",
+        CHECK,
+    ),
+    Mutation(
+        "check",
+        "runs under way are repaired",
+        "degrade/check.py",
+        "with commit.hold(lock):",
+        "with contextlib.nullcontext():",
+        CHECK,
+    ),
+    Mutation(
+        "check",
+        "without --repair it repairs",
+        "degrade/check.py",
+        "if not (repair and any(finding.mend for finding in findings)):",
+        "if not any(finding.mend for finding in findings):",
+        CHECK,
     ),
     Mutation(
         "15",

@@ -70,6 +70,16 @@ def test_resumed_at_every_epoch_the_same_bytes(data_dir, tmp_path, block, compil
     assert digests(parts) == digests(whole)
 
 
+def test_a_damaged_record_of_times_is_no_reason_to_stop(data_dir, tmp_path):
+    config = micro(steps=8, milestones=(4,))
+    until(tmp_path, config, data_dir, 2, False)
+    path = tmp_path / "s" / config.run_id / store.TIMING
+    path.write_bytes(path.read_bytes() + b"\xff\x00,1\n1,2\n")
+    until(tmp_path, config, data_dir, 99, False)
+    assert Run.open("s", path.parent).status == "done"
+    assert all(provenance.Clock.ROW.fullmatch(line + "\n") for line in path.read_text().splitlines()[1:])
+
+
 class TestEnvironment:
     """Where what the bits depend on has changed, a line says so, and both are recorded."""
 
