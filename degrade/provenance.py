@@ -17,6 +17,7 @@ import degrade
 from degrade import store
 from degrade.commit import write_file
 from degrade.engine.compiled import why_not
+from degrade.errors import Failure
 from degrade.log import Epoch
 
 # Which kernels the libraries below torch choose, where anyone has set these.
@@ -43,8 +44,13 @@ class Provenance:
             write_file(path, store.to_json(now))
         self.recorded = store.read_json(path)
         self.before = dict(self.recorded)
-        for change in self.before.pop("changes", []):
+        changes = self.before.pop("changes", [])
+        if not (isinstance(changes, list) and all(isinstance(change, dict) for change in changes)):
+            raise Failure(f"{path}: changes must be a list of objects; restore it")
+        for change in changes:
             self.before |= change
+        if type(self.before.get("threads")) is not int or not 1 <= self.before["threads"] <= 1024:
+            raise Failure(f"{path} does not say how many threads there were; restore it")
         now |= {"threads": self.before["threads"], "compiled": self.before.get("compiled", False)}
         self.reasons = {}
         if now["compiled"] and not compiled and (reason := why_not(device)):
@@ -83,7 +89,7 @@ class Clock:
     ROW = re.compile(r"(\d+),\d+,\d+\.\d+,[-:TZ\d]+\n")
 
     def __init__(self, path: Path):
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
         self.rows = [line for line in lines if self.ROW.fullmatch(line)]
         self.start = time.monotonic()
 

@@ -23,7 +23,7 @@ from degrade import commit
 from degrade.commit import Held, Holder, create_file, hold, make_folder, write_file
 from degrade.config import SWEPT, RunConfig, matches_protocol, run_id
 from degrade.errors import Failure
-from degrade.log import Epoch, from_csv
+from degrade.log import Epoch, from_csv, to_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,7 +86,10 @@ class Run:
     def _log(self) -> tuple[list[Epoch], str]:
         """The rows of log.csv, and what is wrong with it, if anything is."""
         try:
-            epochs = from_csv((self.folder / LOG).read_text())
+            data = (self.folder / LOG).read_bytes()
+            epochs = from_csv(data.decode())
+            if data != to_csv(epochs, validation=self.config.val_images > 0).encode():
+                raise ValueError("it is not as degrade wrote it")
             if epochs and epochs[-1].step > self.config.steps:
                 raise ValueError(f"step {epochs[-1].step} of {self.config.steps}")
             return epochs, ""
@@ -143,9 +146,11 @@ class Run:
     def error(self) -> str:
         """Why it failed: a line."""
         try:
-            return self.problem or (self.folder / ERROR).read_text().rstrip().rpartition("\n")[2]
+            return self.problem or (self.folder / ERROR).read_text(errors="replace").rstrip().rpartition("\n")[2]
         except FileNotFoundError:
             return ""
+        except OSError as error:
+            return f"{self.folder / ERROR}: {error.strerror}"
 
     def record(self) -> dict[str, Any]:
         """One row of `degrade show`; None for what is not known yet."""
@@ -278,12 +283,15 @@ def find_studies(root: Path) -> tuple[list[Study], list[str]]:
         what = "is not a folder" if root.exists() else "does not exist"
         raise ValueError(f"{root} {what}; name a folder of results, such as results/")
     studies, damaged = [], []
-    for path in sorted(root.rglob(STUDY)):
+    runs = root.rglob(f"*-s[0-9]*-*/{CONFIG}")  # a study that has lost its study.json does not vanish
+    for folder in sorted({path.parent for path in root.rglob(STUDY)} | {path.parent.parent for path in runs}):
         try:
-            studies.append(Study.open(path.parent, root))
+            studies.append(Study.open(folder, root))
             damaged += studies[-1].damaged
         except Failure as error:
             damaged.append(str(error))
+        except OSError as error:
+            damaged.append(f"{folder / STUDY}: {error.strerror}; degrade check --repair writes it anew")
     if not studies and not damaged:
         raise ValueError(f"{root} holds no study (a folder with {STUDY}); `degrade sweep --out {root}` makes one")
     return studies, damaged

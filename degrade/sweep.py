@@ -370,7 +370,7 @@ def _restore(training: Training, run: Run) -> list[str]:
         _write_log(run.folder, training.config, training.epochs)
         return [*notes, f"going on from step {training.step}"] if notes else []
     if run.problem:
-        raise Failure(run.problem)
+        raise Failure(f"{run.problem.rpartition('; ')[0]}; restore it, or delete it and a sweep trains the run again")
     if run.epochs and not notes:
         notes.append("no checkpoint is left")
     return [*notes, "starting anew"] if notes else []

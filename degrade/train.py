@@ -22,7 +22,7 @@ from degrade.engine.compiled import compile_modules
 from degrade.engine.process import autocast, set_precision
 from degrade.engine.queue import make_queue
 from degrade.evaluate import Evaluation
-from degrade.log import Epoch
+from degrade.log import Epoch, from_csv, to_csv
 from degrade.nets import TwoLayers, cifar_net
 
 
@@ -296,12 +296,17 @@ def read_state(state: bytes) -> State:
         epochs = [Epoch(**row) for row in about["epochs"]]
         ends = [config.epoch_end(e) for e in range(1, len(epochs) + 1)]
         tensors = [*values["net"].values(), *values["momentum"]]
-        sound = all(type(t) is Tensor and t.layout == torch.strided for t in tensors)
-        if not (sound and [e.step for e in epochs] == ends and max(ends, default=0) <= step <= config.steps):
+        sound = all(type(t) is Tensor and t.layout == torch.strided and t.device.type == "cpu" for t in tensors)
+        start, end = max(ends, default=0), config.epoch_end(len(epochs) + 1)
+        fits = start <= step <= end and 0 <= wrong <= (step - start) * config.batch_size
+        if not (sound and fits and [e.step for e in epochs] == ends):
             raise ValueError("its parts do not fit each other")
+        if repr(from_csv(to_csv(epochs, validation=config.val_images > 0))) != repr(epochs):  # repr, for NaN
+            raise ValueError("its rows are not those of a log")
         return State(config, step, epochs, wrong, values["net"], values["momentum"])
     except Exception as error:  # of the unpickler, and of whatever else it may hold instead
-        reason = str(error).partition("\n")[0]
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0]  # without torch's advice
+        reason = "".join(c if c.isprintable() else " " for c in reason)
         raise ValueError(f"it is not a checkpoint of degrade's ({type(error).__name__}: {reason[:200]})") from None
 
 

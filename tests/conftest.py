@@ -12,7 +12,6 @@ from degrade.config import PROTOCOLS, RunConfig
 from degrade.data import cifar10
 from degrade.log import Epoch, to_csv
 
-
 SOAK = os.environ.get("DEGRADE_SOAK") == "1"  # what `make soak` sets
 TALLY: dict[tuple[str, str], int] = {}
 

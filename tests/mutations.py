@@ -29,6 +29,7 @@ class Mutation(NamedTuple):
 
 
 CRASH, SWEEP, BYTES = "tests/test_crash.py", "tests/test_sweep.py", "tests/test_same_bytes.py"
+DAMAGE = "tests/test_damage.py"
 CHECK, LINES, DATA = "tests/test_check.py", "tests/test_command_lines.py", "tests/test_hostile_data.py"
 PROCESSES, COMMIT, EXECUTE = "tests/test_processes.py", "tests/test_commit.py", "tests/test_execute.py"
 
@@ -123,6 +124,54 @@ MUTATIONS = [
         'f"{step:09d}-{epochs:06d}-{',
         'f"{step:09d}-{0:06d}-{',
         f"{COMMIT}::test_at_one_step_the_checkpoint_with_more_epochs_is_the_newer",
+    ),
+    Mutation(
+        "6",
+        "checkpoints are loaded without a look at their hashes",
+        "degrade/commit.py",
+        '    if path.stem.rpartition("-")[2] != hashlib.sha256(data).hexdigest():\n',
+        "    if False:\n",
+        f"{DAMAGE}::TestDamagedCheckpoints",
+    ),
+    Mutation(
+        "6",
+        "there is no falling back on the checkpoint before",
+        "degrade/sweep.py",
+        '            notes.append(f"{path.name} is damaged ({error})")\n            continue\n',
+        '            notes.append(f"{path.name} is damaged ({error})")\n            break\n',
+        f"{DAMAGE}::TestDamagedCheckpoints",
+    ),
+    Mutation(
+        "6",
+        "a checkpoint of another run is gone on from",
+        "degrade/train.py",
+        "        if there.config != self.config:\n",
+        "        if False:\n",
+        f"{DAMAGE}::TestDamagedCheckpoints",
+    ),
+    Mutation(
+        "7",
+        "the log is not written anew from the checkpoint",
+        "degrade/sweep.py",
+        "        _write_log(run.folder, training.config, training.epochs)\n",
+        "",
+        f"{DAMAGE}::TestDamagedLog",
+    ),
+    Mutation(
+        "7",
+        "the log's epochs need not be 1, 2, 3",
+        "degrade/log.py",
+        "        if row.epoch != number:\n",
+        "        if False:\n",
+        "tests/test_log.py",
+    ),
+    Mutation(
+        "7",
+        "a log that is not as degrade wrote it is read",
+        "degrade/store.py",
+        "            if data != to_csv(epochs, validation=self.config.val_images > 0).encode():\n",
+        "            if False:\n",
+        f"{DAMAGE}::TestDamagedLog",
     ),
     Mutation(
         "8",
@@ -245,6 +294,22 @@ MUTATIONS = [
         DATA,
     ),
     Mutation(
+        "13",
+        "checkpoints are unpickled whole",
+        "degrade/train.py",
+        "weights_only=True",
+        "weights_only=False",
+        f"{DAMAGE}::TestMaliciousCheckpoints",
+    ),
+    Mutation(
+        "13",
+        "tensors of other shapes are copied",
+        "degrade/train.py",
+        "        if [(t.shape, t.dtype) for t in mine] != [(t.shape, t.dtype) for t in theirs]:\n",
+        "        if False:\n",
+        f"{DAMAGE}::TestHostileCheckpoints",
+    ),
+    Mutation(
         "14",
         "what is wrong with a command line ends in a traceback",
         "degrade/cli.py",
@@ -307,6 +372,38 @@ MUTATIONS = [
         "                _leave(message, number[0])\n",
         "                pass\n",
         f"{PROCESSES}::test_a_stop_that_is_swallowed_or_converted_or_late_is_a_stop",
+    ),
+    Mutation(
+        "16",
+        "a sweep joins any study",
+        "degrade/store.py",
+        "            if config.shared() != self.shared:\n                raise ValueError(",
+        "            if False:\n                raise ValueError(",
+        f"{DAMAGE}::TestProtocol",
+    ),
+    Mutation(
+        "16",
+        "the run id is not held against config.json",
+        "degrade/store.py",
+        "        if (identity := run_id(values)) != folder.name:\n",
+        "        if (identity := run_id(values)) == 'x':\n",
+        f"{DAMAGE}::TestEditedRuns",
+    ),
+    Mutation(
+        "16",
+        "older studies are not filled in",
+        "degrade/store.py",
+        '            shared = RunConfig.from_dict({"block": "plain", "depth": 20, "seed": 0} | values["shared"]).shared()\n',
+        '            shared = values["shared"]\n',
+        f"{DAMAGE}::TestOlderResults",
+    ),
+    Mutation(
+        "16",
+        "what is left out is not said",
+        "degrade/cli.py",
+        '        _note(f"left out: {line}")\n',
+        "        pass\n",
+        f"{DAMAGE}::TestReaders",
     ),
     Mutation(
         "17",

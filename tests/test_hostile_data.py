@@ -17,11 +17,14 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from conftest import tally
 from torchvision.datasets import CIFAR10
 
 from degrade.data import cifar10
 from degrade.data.cifar10 import FOLDER
 from degrade.errors import Failure
+
+pytestmark = pytest.mark.promise
 
 BATCHES = [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
 NAMES = [*BATCHES, CIFAR10.meta["filename"]]
@@ -227,6 +230,7 @@ def flip(data):
 class TestDamage:
     @pytest.mark.parametrize("name", NAMES)
     def test_one_byte_flipped(self, name, tmp_path, server, unpickled):
+        tally(12, "files with one byte flipped: refused before anything is unpickled, then mended")
         server.body = ARCHIVE
         folder = put(tmp_path, GOOD | {name: flip(GOOD[name])})
         inodes = {path.name: path.stat().st_ino for path in (folder / FOLDER).iterdir()}
@@ -243,6 +247,7 @@ class TestDamage:
     @pytest.mark.parametrize("name", NAMES)
     @pytest.mark.parametrize("damage", ["truncated", "longer", "empty", "missing", "evil"])
     def test_other_damage(self, name, damage, tmp_path, server, unpickled):
+        tally(12, "files damaged otherwise: likewise")
         server.body = ARCHIVE
         folder, path = put(tmp_path), tmp_path / FOLDER / name
         evil = pickle.dumps(Evil(tmp_path / "canary"))
@@ -488,6 +493,8 @@ HOSTILE = {  # name: the archive, and whether the genuine files are in it
 class TestHostileArchives:
     @pytest.mark.parametrize("case", HOSTILE)
     def test_another_checksum_is_not_opened(self, case, tmp_path, outside, server, monkeypatch, unpickled):
+        tally(12, "hostile archives: not opened")
+
         def opened(*_, **__):
             pytest.fail("opened")
 
@@ -504,6 +511,7 @@ class TestHostileArchives:
     @pytest.mark.parametrize("case", HOSTILE)
     def test_with_the_checksum_forged(self, case, tmp_path, outside, server, monkeypatch, unpickled):
         """As if the official archive had been replaced, and only the checksums of the files could be trusted."""
+        tally(12, "hostile archives with the checksum forged: nothing written outside the folder, nothing unpickled")
         archive, complete = HOSTILE[case]
         server.body = archive(outside)
         monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(server.body).hexdigest())
