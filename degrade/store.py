@@ -14,7 +14,7 @@ import contextlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -226,6 +226,10 @@ class Study:
         """By block, depth and seed, less those whose config.json is unreadable or not the study's."""
         return self._found[0]
 
+    def known(self) -> dict[RunConfig, Path]:
+        """The folders of the runs that are there now, by configuration."""
+        return {run.config: run.folder for run in replace(self).runs}
+
     @property
     def damaged(self) -> list[str]:
         """What is wrong with its runs: a line each that names a file."""
@@ -252,9 +256,10 @@ class Study:
         make_folder(self.folder)
         if not create_file(self.folder / STUDY, to_json({"protocol": self.protocol, "shared": self.shared})):
             Study.open(self.folder).check(configs)
+        known = self.known()
         for config in configs:
             folder = self.folder / config.run_id
-            if not (folder / CONFIG).exists():
+            if not (config in known or (folder / CONFIG).exists()):
                 make_folder(folder)
                 with contextlib.suppress(Held), hold(folder / LOCK):  # whoever holds it has written the file
                     write_file(folder / CONFIG, to_json(config.as_dict()))

@@ -183,10 +183,14 @@ def training_flops(config: RunConfig) -> float:
 
 
 def find_runs(study: Study, configs: Sequence[RunConfig]) -> list[Run]:
-    """The runs of a grid in `study`, whether they are there or not, the longest first."""
+    """The runs of a grid in `study`, whether they are there or not, the longest first.
+
+    A run that an older version of degrade has begun has another id, and is the same run.
+    """
+    known = study.known()
     runs = []
     for config in sorted(configs, key=lambda config: (-config.depth, config.seed, config.block)):
-        folder = study.folder / config.run_id
+        folder = known.get(config, study.folder / config.run_id)
         try:
             runs.append(Run.open(study.name, folder))
         except FileNotFoundError:

@@ -6,6 +6,7 @@ for epoch in train(RunConfig(block="plain", depth=20, seed=0)):
 
 import io
 import json
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -289,6 +290,9 @@ def read_state(state: bytes) -> State:
         ValueError: they are not a state.
     """
     try:
+        with zipfile.ZipFile(io.BytesIO(state)) as archive:
+            if any(record.compress_type or record.file_size > len(state) for record in archive.infolist()):
+                raise ValueError("it unpacks to more than it is")
         values = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
         about = json.loads(values["about"])
         config = RunConfig.from_dict(about["config"])

@@ -393,8 +393,8 @@ MUTATIONS = [
         "16",
         "older studies are not filled in",
         "degrade/store.py",
-        '            shared = RunConfig.from_dict({"block": "plain", "depth": 20, "seed": 0} | values["shared"]).shared()\n',
-        '            shared = values["shared"]\n',
+        '{"block": "plain", "depth": 20, "seed": 0} | values["shared"]).shared()',
+        '{"block": "plain", "depth": 20, "seed": 0} | values["shared"]).shared() and values["shared"]',
         f"{DAMAGE}::TestOlderResults",
     ),
     Mutation(

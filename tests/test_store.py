@@ -7,6 +7,7 @@ import degrade
 from degrade import commit, store
 from degrade.errors import Failure
 from degrade.store import Run, Study, find_studies
+from degrade.sweep import find_runs
 
 
 class TestStatus:
@@ -109,8 +110,12 @@ def test_results_of_an_older_version_stay_readable(tmp_path):
     (folder / store.CONFIG).write_text(json.dumps(values))
     shared = {name: value for name, value in values.items() if name not in ("block", "depth", "seed")}
     (tmp_path / "study" / store.STUDY).write_text(json.dumps({"protocol": "smoke", "shared": shared}))
-    (run,) = Study.open(tmp_path / "study").runs
+    study = Study.open(tmp_path / "study")
+    (run,) = study.runs
     assert run.config == smoke()
+    assert [there.folder for there in find_runs(study, [smoke()])] == [folder]  # the same run, not another
+    study.create([smoke(), smoke(seed=1)])
+    assert {there.folder.name for there in Study.open(tmp_path / "study").runs} == {folder.name, smoke(seed=1).run_id}
 
 
 def test_a_study_refuses_another_protocol_with_the_difference(tmp_path):

@@ -1,5 +1,7 @@
 import dataclasses
+import io
 import math
+import zipfile
 
 import pytest
 import torch
@@ -181,6 +183,15 @@ class TestRun:
         state = Training(smoke(), splits).state()
         with pytest.raises(ValueError, match=r"it is of plain-8-s0-.*, not of plain-8-s1-"):
             Training(smoke(seed=1), splits).restore(state)
+
+    def test_a_state_that_unpacks_to_more_than_it_is_is_refused(self, splits):
+        training = Training(smoke(), splits)
+        bomb = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(training.state())) as sound, zipfile.ZipFile(bomb, "w") as packed:
+            for record in sound.infolist():
+                packed.writestr(record.filename, sound.read(record), zipfile.ZIP_DEFLATED)
+        with pytest.raises(ValueError, match="it unpacks to more than it is"):
+            training.restore(bomb.getvalue())
 
     def test_a_finished_run_has_nothing_left_to_do(self, splits):
         training = Training(smoke(), splits)
