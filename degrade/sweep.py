@@ -218,7 +218,7 @@ def sweep(
         has the run, which is waited for or, where that process has been frozen for `SILENCE` seconds, left to it.
     """
     study.create([run.config for run in runs])
-    todo, held = list(runs), _Held()
+    todo, held = list(runs), _Elsewhere()
     while todo:
         tasks = [
             Task(
@@ -241,10 +241,10 @@ def sweep(
                 yield run, event
         todo = held.wait()
     for run in held.runs:
-        yield run, Event(0, "held", f"left to {run.holder}, which has shown no sign of life for {SILENCE:.0f} s")
+        yield run, Event(0, "held", f"left to {run.holder or 'its process'}, which has shown no sign of life for {SILENCE:.0f} s")
 
 
-class _Held:
+class _Elsewhere:
     """The runs that other processes train."""
 
     def __init__(self) -> None:
@@ -257,13 +257,12 @@ class _Held:
 
     def wait(self) -> list[Run]:
         """Wait until some of them are free, and give them back; none, once all that are left are frozen."""
-        while any(not self._frozen(run) for run in self.runs):
-            free = [run for run in self.runs if not run.holder]
-            if free:
-                self.runs = [run for run in self.runs if run not in free]
-                return free
+        while not (free := [run for run in self.runs if not run.holder]):
+            if all([self._frozen(run) for run in self.runs]):  # each of them is looked at
+                return []
             time.sleep(0.2)
-        return []
+        self.runs = [run for run in self.runs if run not in free]
+        return free
 
     def _frozen(self, run: Run) -> bool:
         sign, now = commit.sign_of_life(run.folder / store.LOCK), time.monotonic()
