@@ -60,12 +60,14 @@ def create_file(path: Path, data: bytes) -> bool:
     Raises:
         OSError: there is no such file.
     """
+    if path.exists():
+        return False
     try:
         _publish(os.link, path, data)
     except FileExistsError:
         return False
     except OSError as error:
-        if path.exists() or error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
             raise
         write_file(path, data)
     return True

@@ -241,7 +241,8 @@ def sweep(
                 yield run, event
         todo = held.wait()
     for run in held.runs:
-        yield run, Event(0, "held", f"left to {run.holder or 'its process'}, which has shown no sign of life for {SILENCE:.0f} s")
+        left = f"left to {run.holder or 'its process'}, which has shown no sign of life for {SILENCE:.0f} s"
+        yield run, Event(0, "held", left)
 
 
 class _Elsewhere:
@@ -258,7 +259,7 @@ class _Elsewhere:
     def wait(self) -> list[Run]:
         """Wait until some of them are free, and give them back; none, once all that are left are frozen."""
         while not (free := [run for run in self.runs if not run.holder]):
-            if all([self._frozen(run) for run in self.runs]):  # each of them is looked at
+            if all(self._frozen(run) for run in self.runs):
                 return []
             time.sleep(0.2)
         self.runs = [run for run in self.runs if run not in free]
