@@ -102,7 +102,8 @@ def make_folder(path: Path) -> None:
         make_folder(path.parent)
         with contextlib.suppress(FileExistsError):
             os.mkdir(path)
-    _sync_folder(path.parent)
+    with contextlib.suppress(PermissionError):  # a parent that may be passed through, but not read
+        _sync_folder(path.parent)
 
 
 def remove(path: Path) -> None:
@@ -195,7 +196,7 @@ def hold(path: Path, *, wait: bool = False) -> Iterator[Lock]:
         Failure: locks do not work here.
     """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         lock = Lock(path, descriptor)
         ended = threading.Event()
         try:
@@ -216,8 +217,8 @@ def hold(path: Path, *, wait: bool = False) -> Iterator[Lock]:
 
 
 def _beat(path: Path, ended: threading.Event) -> None:
-    with contextlib.suppress(OSError):
-        while not ended.wait(HEARTBEAT):
+    while not ended.wait(HEARTBEAT):
+        with contextlib.suppress(OSError):  # a full disk, say, and it goes on once there is room
             os.utime(path)
 
 

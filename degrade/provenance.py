@@ -158,7 +158,9 @@ def _git_commit() -> str | None:
     package = Path(degrade.__file__).parent
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, text=True)
+        return subprocess.run(
+            ["git", "--no-optional-locks", "-C", str(package), *arguments], capture_output=True, text=True
+        )
 
     try:
         if git("ls-files", "--error-unmatch", "__init__.py").returncode:

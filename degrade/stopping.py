@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -70,6 +71,7 @@ def stopping(message: str) -> Iterator[None]:
 
 def _leave(message: str, number: int) -> NoReturn:
     show_cursor = "\x1b[?25h" if os.isatty(2) else ""
-    with contextlib.suppress(OSError):
-        os.write(2, f"{show_cursor}degrade: {message}\n".encode())
+    with contextlib.suppress(OSError, ValueError):
+        if select.select([], [2], [], 0.5)[1]:  # or a pipe that nobody reads would hold it up
+            os.write(2, f"{show_cursor}degrade: {message}\n".encode())
     os._exit(128 + number)

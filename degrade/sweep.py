@@ -1,5 +1,6 @@
 """A sweep: the grid of runs, less what is finished, executed and stored."""
 
+import errno
 import gc
 import os
 import time
@@ -44,7 +45,10 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """One run, as it is handed to whatever process trains it. Without `commit_seconds`, the device decides them."""
+    """One run, as it is handed to whatever process trains it. Without `commit_seconds`, the device decides them.
+
+    `retry`: even if it has failed.
+    """
 
     study: str
     folder: Path
@@ -53,6 +57,7 @@ class Task:
     threads: int
     compiled: bool = False
     commit_seconds: float | None = None
+    retry: bool = False
 
 
 @dataclass(frozen=True)
@@ -229,6 +234,7 @@ def sweep(
                 machine.threads,
                 machine.compiles(run.config),
                 commit_seconds,
+                retry=run.status == "failed",
             )
             for run in todo
         ]
@@ -259,7 +265,7 @@ class _Elsewhere:
     def wait(self) -> list[Run]:
         """Wait until some of them are free, and give them back; none, once all that are left are frozen."""
         while not (free := [run for run in self.runs if not run.holder]):
-            if all(self._frozen(run) for run in self.runs):
+            if all([self._frozen(run) for run in self.runs]):  # noqa: C419  each is looked at, each time
                 return []
             time.sleep(0.2)
         self.runs = [run for run in self.runs if run not in free]
@@ -283,7 +289,8 @@ def train_run(task: Task, device: str) -> Iterator[Progress | None]:
         Crowded: there is no memory for it on the device.
         OSError: the disk is full, say. The run stays as it was committed last, and can be resumed.
         Failure: its files are damaged, and stay as they are.
-        Exception: anything else, after its traceback was written to error.txt: the run has failed.
+        Exception: anything else. Unless it came of a lack of disk or memory, the run has failed, and its traceback
+            is in error.txt.
     """
     with commit.hold(task.folder / store.LOCK) as lock:
         try:
@@ -293,9 +300,21 @@ def train_run(task: Task, device: str) -> Iterator[Progress | None]:
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise Crowded(f"no room on {device}: {str(error).partition('. ')[0]}") from None
-        except Exception:
-            commit.write_file(task.folder / store.ERROR, traceback.format_exc().encode())
+        except Exception as error:
+            if not _passing(error):
+                commit.write_file(task.folder / store.ERROR, traceback.format_exc().encode())
             raise
+
+
+def _passing(error: BaseException | None) -> bool:
+    """Whether it came of a lack of disk or memory, whatever the libraries have made of it."""
+    while error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            return True
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _train_run(task: Task, device: str, lock: commit.Lock) -> Iterator[Progress | None]:
@@ -305,6 +324,8 @@ def _train_run(task: Task, device: str, lock: commit.Lock) -> Iterator[Progress 
     if run.outcome:  # another sweep was faster
         yield Progress(run.epochs[-1].step, run.epochs[-1])
         return
+    if (folder / store.ERROR).exists() and not task.retry:
+        raise Failure(f"it has failed in another sweep: {run.error}")
     _tidy(folder)
     provenance = Provenance(folder / store.ENVIRONMENT, device, task.threads, task.compiled)
     prepare_process(provenance.threads, device)
@@ -362,13 +383,16 @@ def _restore(training: Training, run: Run) -> list[str]:
     Raises:
         Failure: there is none, and log.csv is damaged: rows that could not be had again would be lost.
     """
-    notes = []
+    notes, damaged = [], []
     for path in commit.checkpoints(run.folder / store.CHECKPOINTS):
         try:
             training.restore(commit.read_checkpoint(path))
         except ValueError as error:
             notes.append(f"{path.name} is damaged ({error})")
+            damaged.append(path)
             continue
+        for other in damaged:  # or the next commit would keep it, and drop the one that is sound
+            commit.remove(other)
         if run.problem:
             notes.append(f"{store.LOG} was damaged, and is written anew")
         _write_log(run.folder, training.config, training.epochs)

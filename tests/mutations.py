@@ -113,8 +113,8 @@ MUTATIONS = [
         "5",
         "no folder is synced after another was made in it",
         "degrade/commit.py",
-        "            os.mkdir(path)\n    _sync_folder(path.parent)\n",
-        "            os.mkdir(path)\n",
+        "but not read\n        _sync_folder(path.parent)\n",
+        "but not read\n        pass\n",
         f"{CRASH}::test_power_is_cut_after_any_operation",
     ),
     Mutation(
@@ -137,8 +137,8 @@ MUTATIONS = [
         "6",
         "there is no falling back on the checkpoint before",
         "degrade/sweep.py",
-        '            notes.append(f"{path.name} is damaged ({error})")\n            continue\n',
-        '            notes.append(f"{path.name} is damaged ({error})")\n            break\n',
+        "            damaged.append(path)\n            continue\n",
+        "            damaged.append(path)\n            break\n",
         f"{DAMAGE}::TestDamagedCheckpoints",
     ),
     Mutation(
@@ -196,6 +196,14 @@ MUTATIONS = [
         "        return now - self.signs[run.folder][1] >= SILENCE\n",
         "        return False\n",
         "tests/test_cli.py::TestSweep::test_a_run_that_a_frozen_process_has_is_left_to_it",
+    ),
+    Mutation(
+        "8",
+        "a run that has failed is trained by each sweep again",
+        "degrade/sweep.py",
+        "    if (folder / store.ERROR).exists() and not task.retry:\n",
+        "    if False:\n",
+        f"{SWEEP}::TestTroubledRuns::test_a_run_that_has_failed_meanwhile_is_not_trained_again",
     ),
     Mutation(
         "8",

@@ -216,6 +216,47 @@ def test_whoever_holds_a_lock_shows_signs_of_life_until_it_is_frozen(tmp_path, m
         process.stdout.close()
 
 
+def test_a_sign_of_life_that_fails_once_is_not_the_last(tmp_path, monkeypatch):
+    utime, calls = os.utime, []
+
+    def full_at_first(path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        utime(path)
+
+    monkeypatch.setattr(commit, "HEARTBEAT", 0.02)
+    monkeypatch.setattr(os, "utime", full_at_first)
+    with hold(tmp_path / "lock"):
+        end = time.monotonic() + 5
+        while len(calls) < 3 and time.monotonic() < end:
+            time.sleep(0.01)
+    assert len(calls) >= 3
+
+
+def test_a_lock_is_for_all_who_may_write_in_the_folder(tmp_path):
+    before = os.umask(0o002)
+    try:
+        with hold(tmp_path / "lock"):
+            assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o664
+    finally:
+        os.umask(before)
+
+
+def test_a_folder_is_made_where_a_parent_may_not_be_read(tmp_path, monkeypatch):
+    """Such as /home, on many clusters."""
+    opened = os.open
+
+    def unreadable(path, *arguments):
+        if path == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(os, "open", unreadable)
+    make_folder(tmp_path / "mine")
+    assert (tmp_path / "mine").is_dir()
+
+
 @pytest.mark.parametrize("how", ["deleted", "replaced"])
 def test_a_lock_whose_file_was_deleted_is_lost(tmp_path, how):
     path = tmp_path / "lock"

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -184,3 +185,24 @@ def test_an_error_is_one_line():
     assert str(Error("ValueError", "first\nsecond", where, "")) == f"ValueError: first ({where})"
     assert str(Error("MemoryError", "", where, "")) == f"MemoryError ({where})"
     assert str(Error("Failure", "the disk is gone", where, "")) == "the disk is gone"
+
+
+def test_ctrl_c_is_not_lost_while_workers_start(monkeypatch):
+    """It is sent as one is being started, and comes out once it was."""
+    popen = multiprocessing.get_context("spawn").Process._Popen
+
+    def interrupted(process):
+        os.kill(os.getpid(), signal.SIGINT)
+        return popen(process)
+
+    monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "_Popen", staticmethod(interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        list(execute(squares, [1, 1], places(2)))
+
+
+def blocked(n, place):
+    yield signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_workers_do_not_see_ctrl_c():
+    assert [e.value for e in execute(blocked, [0, 0], places(2)) if e.kind == "value"] == [True, True]

@@ -219,6 +219,33 @@ def test_a_stop_that_is_swallowed_or_converted_or_late_is_a_stop(tmp_path, how):
     assert (process.returncode, errors) == (143, "degrade: stopped\n")
 
 
+def test_a_stop_ends_even_where_nobody_reads_what_it_prints():
+    """Both outputs go into one pipe that is full."""
+    script = (
+        "import os, sys, time\nfrom degrade.stopping import stopping\n"
+        "with stopping('stopped; the same command goes on from the last checkpoints'):\n"
+        "    os.write(3, b'!')\n    while True: print('x' * 70)\n"
+    )
+    ready, told = os.pipe()
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import os; os.dup2({told}, 3)\n{script}"],
+        stdout=writer,
+        stderr=writer,
+        pass_fds=[told],
+    )
+    os.close(writer)
+    try:
+        assert os.read(ready, 1) == b"!"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 143
+    finally:
+        process.kill()
+        for descriptor in (ready, told, reader):
+            os.close(descriptor)
+
+
 def test_signals_that_were_ignored_still_are(tmp_path):
     """As by nohup, or of a shell's background jobs."""
     script = (

@@ -1,5 +1,6 @@
 """Sweeps in processes of their own, as a user starts them: killed, resumed, run twice."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -134,7 +135,8 @@ class TestResume:
             f"{run.folder.name}: {newest.name} is damaged (its bytes are not those it was written with)",
             f"{run.folder.name}: going on from step {first.step}",
         )
-        assert 0 < first.step < 16
+        assert 0 < first.step <= 16  # at the end of an epoch there are two
+        assert not newest.exists()  # or it would be kept to fall back on, and the sound one dropped
         assert digests(tmp_path)[run.folder.name] == digests(reference)[run.folder.name]
 
     def test_threads_are_kept_from_the_start(self, data_dir, tmp_path):
@@ -275,6 +277,64 @@ class TestTroubledRuns:
         (run,) = Study.open(tmp_path / "s").runs
         assert run.status == "diverged"
         assert len(from_csv((run.folder / store.LOG).read_text())) == 1
+
+    def test_a_run_that_has_failed_meanwhile_is_not_trained_again(self, data_dir, tmp_path, monkeypatch):
+        """By another sweep: this one had planned it before, or waited for it."""
+
+        def broken(self):
+            began.append(self)
+            raise RuntimeError("the net is on fire")
+
+        began = []
+        monkeypatch.setattr(Training, "end_epoch", broken)
+        run = new_run(tmp_path / "s", smoke())
+        for _ in range(2):
+            with pytest.raises((RuntimeError, Failure), match="the net is on fire"):
+                list(train(task(run, data_dir)))
+        assert len(began) == 1
+        monkeypatch.undo()
+        assert "on fire" in (run.folder / store.ERROR).read_text()
+        list(train(dataclasses.replace(task(run, data_dir), retry=True)))
+        assert store.Run.open(run.study, run.folder).status == "done"
+
+    @pytest.mark.parametrize(
+        ("cause", "status"),
+        [
+            (OSError(28, "No space left on device"), "interrupted"),
+            (MemoryError(), "interrupted"),
+            (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), "interrupted"),
+            (OSError(2, "No such file or directory"), "failed"),
+            (KeyError("x"), "failed"),
+        ],
+    )
+    def test_a_lack_of_disk_or_memory_is_no_failure_of_the_run(self, data_dir, tmp_path, monkeypatch, cause, status):
+        """Whatever the libraries make of it."""
+
+        def broken(self):
+            try:
+                raise cause
+            except type(cause) as error:
+                raise RuntimeError("the backend failed") from error
+
+        monkeypatch.setattr(Training, "end_epoch", broken)
+        run = new_run(tmp_path / "s", smoke())
+        with pytest.raises(RuntimeError, match="the backend failed"):
+            list(train(task(run, data_dir)))
+        assert store.Run.open(run.study, run.folder).status == status
+
+    def test_frozen_processes_are_recognised_together(self, tmp_path, monkeypatch):
+        from degrade import sweep as module
+
+        monkeypatch.setattr(module, "SILENCE", 0.5)
+        held = module._Elsewhere()
+        with contextlib.ExitStack() as stack:
+            for seed in range(4):
+                run = new_run(tmp_path / "s", smoke(seed=seed))
+                stack.enter_context(commit.hold(run.folder / store.LOCK))
+                held.add(run)
+            start = time.monotonic()
+            assert held.wait() == []
+            assert 0.5 <= time.monotonic() - start < 1.5
 
     def test_a_run_held_by_another_process_is_left_to_it(self, data_dir, tmp_path):
         run = new_run(tmp_path / "s", smoke())

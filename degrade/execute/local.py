@@ -8,7 +8,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ class _Worker:
         self.place, self.pack = place, pack
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs,), daemon=True)
-        with _ignoring_sigint():  # inherited: Ctrl-C goes to the whole group, and the parent ends its workers
+        with _blocking_sigint():  # the parent ends its workers
             self.process.start()
         theirs.close()
         self.items: list[int] = []
@@ -140,7 +140,7 @@ class _Worker:
         """The next event, or, once the process has died, how each of its items ended."""
         try:
             event: Event = self.pipe.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # perhaps in the middle of a message
             self.process.join()
             code = self.process.exitcode or 0
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -155,15 +155,14 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def _ignoring_sigint() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # where signals cannot be set
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _blocking_sigint() -> Iterator[None]:
+    """A process started in this context never sees Ctrl-C, which goes to the whole group; this one sees it after."""
+    resource_tracker.ensure_running()  # it would unblock the signal when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(pipe: connection.Connection) -> None:
