@@ -46,9 +46,9 @@ def wait_for(condition, seconds):
 # 8. Two sweeps on one folder train each run once; a frozen holder keeps its run, and the others say so.
 
 
-def share(out, data_dir, pipe):
+def share(out, data_dir, pipe, silence):
     """A sweep over GRID with slow updates, each of which leaves a byte in a file of its run's."""
-    commit.HEARTBEAT, sweep.SILENCE = 0.05, 1.5
+    commit.HEARTBEAT, sweep.SILENCE = 0.05, silence
     update = Training.update
 
     def slow(self):
@@ -81,7 +81,7 @@ def test_eight_sweeps_on_one_folder(grid, data_dir, tmp_path, trouble):
         sweeps = []
         for _ in range(8):
             ours, theirs = processes.Pipe(duplex=False)
-            sweeps.append((start(share, out, data_dir, theirs), ours))
+            sweeps.append((start(share, out, data_dir, theirs, 5 if trouble == "frozen" else 60), ours))
             theirs.close()
         victim = None
         if trouble != "none":
@@ -95,7 +95,7 @@ def test_eight_sweeps_on_one_folder(grid, data_dir, tmp_path, trouble):
         if trouble == "frozen":
             assert all(commit.holder(out / "s" / name / store.LOCK).pid == victim for name in kept)
             for lines in told.values():  # each of the others names it, and has seen all else finished
-                left = f"left to process {victim}, which has shown no sign of life for 2 s"
+                left = f"left to process {victim}, which has shown no sign of life for 5 s"
                 assert [(n, text) for n, kind, text in lines if kind == "held" and "left" in text] == [
                     (n, left) for n in kept
                 ]
