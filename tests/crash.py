@@ -23,10 +23,10 @@ processes.set_forkserver_preload(["degrade.cli", "degrade.sweep", "degrade.bench
 CHANGES = ("open", "write", "pwrite", "truncate", "fsync", "close", "replace", "link", "unlink", "mkdir")
 
 
-def run_sweep(out: Path, configs, data_dir: Path, *, commit_seconds: float = 0.0, study: str = "s"):
-    """Every event of a sweep over these runs, in this process."""
-    there = Study(out / study, study, "smoke", configs[0].shared())
-    runs = [run for run in find_runs(there, configs) if run.status not in store.FINISHED]
+def run_sweep(out: Path, configs, data_dir: Path, *, commit_seconds: float = 0.0, finished: bool = False):
+    """Every event of a sweep over these runs, in this process; also of those that have `finished`, if so asked."""
+    there = Study(out / "s", "s", "smoke", configs[0].shared())
+    runs = [run for run in find_runs(there, configs) if finished or run.status not in store.FINISHED]
     if isinstance(commit.os, Disk):
         module.ThreadPoolExecutor = Inline  # the same calls in the same order each time
     module.gc = SimpleNamespace(collect=lambda: None)  # it takes longer than a run of these

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-LIMIT = 400  # seconds; a test that hangs is red
+LIMIT = 200  # seconds; a test that hangs is red
 
 
 class Mutation(NamedTuple):

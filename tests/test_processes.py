@@ -58,7 +58,7 @@ def share(out, data_dir, pipe, silence):
         time.sleep(0.03)
 
     Training.update = slow
-    for run, event in run_sweep(out, GRID, data_dir):
+    for run, event in run_sweep(out, GRID, data_dir, finished=True):
         if event.kind in ("done", "failed", "held"):
             pipe.send((run.folder.name, event.kind, str(event.value)))
 
