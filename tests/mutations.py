@@ -179,7 +179,7 @@ MUTATIONS = [
         "degrade/commit.py",
         "            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))\n            return\n",
         "            return\n",
-        f"{PROCESSES}::test_eight_sweeps_on_one_folder",
+        f"{COMMIT}::test_a_lock_names_its_holder_and_dies_with_it",
     ),
     Mutation(
         "8",
@@ -227,7 +227,7 @@ MUTATIONS = [
         "degrade/provenance.py",
         'now |= {"threads": self.before["threads"], "compiled"',
         'now |= {"threads": threads, "compiled"',
-        f"{BYTES}::TestEnvironment::test_unchanged_there_is_nothing_to_say {SWEEP}::TestResume::test_threads_are_kept",
+        f"{BYTES}::TestEnvironment::test_unchanged_there_is_nothing_to_say",
     ),
     Mutation(
         "10",

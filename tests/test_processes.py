@@ -87,8 +87,10 @@ def test_eight_sweeps_on_one_folder(grid, data_dir, tmp_path, trouble):
         if trouble != "none":
             assert wait_for(lambda out=out: any_held(out), 20)
             time.sleep(random.Random(round_).uniform(0, 0.3))
-            held = [commit.holder(folder / store.LOCK) for folder in any_held(out)]
-            victim = random.Random(round_).choice([holder.pid for holder in held if holder])
+            holders = []
+            while not holders:  # they come and go
+                holders = [h.pid for folder in any_held(out) if (h := commit.holder(folder / store.LOCK))]
+            victim = random.Random(round_).choice(holders)
             os.kill(victim, signal.SIGKILL if trouble == "killed" else signal.SIGSTOP)
         told = {process.pid: gather(pipe) for process, pipe in sweeps if process.pid != victim}
         kept = [folder.name for folder in any_held(out)]
