@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import os
 import random
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -244,3 +246,17 @@ def test_every_field_of_a_micro_run_is_the_smoke_protocols_but_for_its_size():
         "warmup_steps",
     }
     assert times(4) in (1, 4)
+
+
+def test_asking_git_for_the_commit_writes_nothing(tmp_path, monkeypatch):
+    """`git status` would refresh the index, which a kill can leave locked."""
+    package = tmp_path / "degrade"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", "x"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    os.utime(package / "__init__.py", (1, 1))  # the index no longer has its time
+    before = (tmp_path / ".git" / "index").read_bytes()
+    monkeypatch.setattr(provenance.degrade, "__file__", str(package / "__init__.py"))
+    assert len(provenance._git_commit.__wrapped__()) == 12
+    assert (tmp_path / ".git" / "index").read_bytes() == before
