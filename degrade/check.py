@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from degrade import commit, store
-from degrade.config import PROTOCOLS, RunConfig, overridden, run_id
+from degrade.config import BLOCKS, PROTOCOLS, RunConfig, overridden, run_id
 from degrade.errors import Failure
 from degrade.log import from_csv, to_csv
 from degrade.provenance import Clock
@@ -20,7 +20,7 @@ from degrade.store import Run, Study, to_json
 from degrade.train import State, read_state
 
 PARTS = (store.CONFIG, store.LOG, store.CHECKPOINTS, store.ENVIRONMENT, store.TIMING)  # any of them makes a run
-NAME = re.compile(r"(plain|residual)-([0-9]{1,9})-s([0-9]{1,10})-[0-9a-f]{8}")  # of a run's folder
+NAME = re.compile(rf"({'|'.join(BLOCKS)})-([0-9]{{1,9}})-s([0-9]{{1,10}})-[0-9a-f]{{8}}")  # of a run's folder
 OLD = 60.0  # seconds, after which nobody is writing a file any more
 
 

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from degrade import __version__, paper, store, terminal
-from degrade.config import BLOCKS, PROTOCOLS, RunConfig, overridden, protocol_fields, study_name
+from degrade.config import BLOCKS, INITS, PROTOCOLS, RunConfig, overridden, protocol_fields, study_name
 from degrade.errors import Failure
 from degrade.stopping import Stopped, stopping
 
@@ -118,7 +118,7 @@ def sweep(
         Path | None, typer.Argument(help="A TOML file with depths, blocks, ... and fields; flags win.")
     ] = None,
     depths: Annotated[str | None, typer.Option(help="6n+2, such as 20,32,44,56,110.")] = None,
-    blocks: Annotated[str | None, typer.Option(help="plain, residual.", show_default="plain,residual")] = None,
+    blocks: Annotated[str | None, typer.Option(help=f"{', '.join(BLOCKS)}.", show_default="plain,residual")] = None,
     seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2.", show_default="0")] = None,
     dataset: Annotated[str | None, typer.Option(help="cifar10 or shapes.", show_default="cifar10")] = None,
     protocol: Annotated[
@@ -149,6 +149,7 @@ def sweep(
     decay: Annotated[str | None, _field(str, "Weight decay on all parameters, or conv: not on BN.")] = None,
     width: Annotated[int | None, _field(_whole, "Channels of the first stage.")] = None,
     shortcut: Annotated[str | None, _field(str, "A (zero padding), B or C (projections).")] = None,
+    init: Annotated[str | None, _field(str, f"{' or '.join(INITS)}.")] = None,
     train_images: Annotated[int | None, _field(_whole, "Train on this many images.")] = None,
     val_images: Annotated[int | None, _field(_whole, "Hold this many training images out.")] = None,
     test_images: Annotated[int | None, _field(_whole, "Test on this many images.")] = None,
@@ -180,6 +181,7 @@ def sweep(
         "decay": decay,
         "width": width,
         "shortcut": shortcut,
+        "init": init,
         "train_images": train_images,
         "val_images": val_images,
         "test_images": test_images,
@@ -189,7 +191,7 @@ def sweep(
     wanted = _read_spec(spec) | {name: value for name, value in flags.items() if value is not None}
     grid = {
         "depth": _distinct(wanted.pop("depths", None), "depths", int),
-        "block": _distinct(wanted.pop("blocks", list(BLOCKS)), "blocks", str),
+        "block": _distinct(wanted.pop("blocks", ["plain", "residual"]), "blocks", str),
         "seed": _distinct(wanted.pop("seeds", [0]), "seeds", int),
     }
     dataset, protocol = str(wanted.pop("dataset", "cifar10")), str(wanted.pop("protocol", "paper"))

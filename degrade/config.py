@@ -3,14 +3,17 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, NamedTuple, Self
 
-BLOCKS = ("plain", "residual")
+BLOCKS = ("plain", "residual", "preact")
 SHORTCUTS = ("A", "B", "C")
 DECAYS = ("all", "conv")
 PRECISIONS = ("fp32", "tf32", "bf16")
+INITS = ("he", "zero-gamma")
+IDENTITY = re.compile(r"identity:[a-z]+-[0-9]+-s[0-9]+-[0-9a-f]{8}:[0-9a-f]{12}")  # the run, and a hash of its weights
 
 
 class Dataset(NamedTuple):
@@ -48,13 +51,16 @@ class RunConfig:
     """Everything that changes a run's result. The defaults are the paper's protocol.
 
     Args:
-        block: "plain" or "residual".
+        block: "plain", "residual", or "preact": residual with BN and ReLU before the convolutions (He et al. 2016b).
         depth: weight layers, 6n+2.
         seed: of the initial weights and of the order, crops and flips of the images.
         dataset: "cifar10" or "shapes".
         width: channels of the first stage.
         shortcut: "A" (zero padding), "B" (projection where the shape changes) or "C" (everywhere);
             plain nets have none.
+        init: of the weights. "he"; "zero-gamma": He's, with 0 for the scale of the last BN of each residual block
+            (plain and preact blocks have none that could be 0, and keep He's); or
+            "identity:<run id>:<hash>": a shallower run's, the extra layers set to identity (`degrade identity`).
         train_images: how many training images, in equal shares of the classes; None for all.
         val_images: how many of the training images are held out for validation, likewise.
         test_images: how many test images, likewise; None for all.
@@ -82,6 +88,7 @@ class RunConfig:
     dataset: str = "cifar10"
     width: int = 16
     shortcut: str = "A"
+    init: str = "he"
     train_images: int | None = None
     val_images: int = 0
     test_images: int | None = None
@@ -111,6 +118,8 @@ class RunConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if self.init not in INITS and not IDENTITY.fullmatch(self.init):
+            raise ValueError(f"init must be one of {', '.join(INITS)}; got {self.init!r}")
         for name in ("width", "train_images", "test_images", "steps", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

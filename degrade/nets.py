@@ -1,7 +1,8 @@
 """The plain and residual nets of He et al., "Deep Residual Learning" (arXiv:1512.03385), section 4.2.
 
-A plain and a residual net of one depth are the same modules in the same order; the residual one
-adds each block's input to its output. With shortcut A they have exactly the same parameters.
+A plain and a residual net of one depth are the same modules in the same order; the residual one adds each
+block's input to its output. With shortcut A they have exactly the same parameters. "preact" is the residual
+net with full pre-activation blocks of the follow-up paper (arXiv:1603.05027).
 """
 
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def make_shortcut(option: str, in_channels: int, out_channels: int, stride: int)
 
 
 class TwoLayers(nn.Module):
-    """Two 3x3 convolutions, each with BN: a block of the plain net, or of the residual net with a shortcut.
+    """Two 3x3 convolutions, each followed by BN: a block of the plain net, or of the residual net with a shortcut.
 
     The ReLU that follows a block is done by the next one, on its way in (by the net, after the last). That is
     the same net, and faster block by block: a compiled block that ended in a ReLU would store its derivative.
@@ -43,21 +44,59 @@ class TwoLayers(nn.Module):
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.shortcut = make_shortcut(shortcut, in_channels, out_channels, stride) if shortcut else None
+        self.residual = shortcut is not None
+        self.shortcut = make_shortcut(shortcut or "A", in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(x)
         out: Tensor = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        if self.shortcut is not None:
+        if self.residual:
             out = out + self.shortcut(x)
         return out
+
+    def without_layers(self, x: Tensor) -> Tensor:
+        """What is left when its two layers are deleted: the shortcut; in a plain net that of option A."""
+        out: Tensor = self.shortcut(F.relu(x))
+        return out
+
+
+class PreActivation(nn.Module):
+    """Two 3x3 convolutions, each preceded by BN and ReLU, and a shortcut that nothing but addition touches.
+
+    The stem's BN and ReLU serve the first block of the net, before its shortcut branches off.
+    Source: He et al. 2016, "Identity Mappings in Deep Residual Networks" (arXiv:1603.05027), Fig. 4e and section 4.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: str, *, first: bool):
+        super().__init__()
+        self.bn1 = None if first else nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.shortcut = make_shortcut(shortcut, in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bn1 is None:
+            x = active = F.relu(x)
+        else:
+            active = F.relu(self.bn1(x))
+        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active)))) + self.shortcut(x)
+        return out
+
+    def without_layers(self, x: Tensor) -> Tensor:
+        """What is left when its two layers are deleted: the shortcut."""
+        out: Tensor = self.shortcut(F.relu(x) if self.bn1 is None else x)
+        return out
+
+
+Block = TwoLayers | PreActivation
 
 
 class CifarNet(nn.Module):
     """A 3x3 stem, three stages of n two-layer blocks on 32/16/8-pixel maps, average pooling, a linear layer."""
 
-    def __init__(self, n: int, width: int, shortcut: str | None, num_classes: int):
+    def __init__(self, n: int, width: int, block: str, shortcut: str, num_classes: int):
         super().__init__()
         self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(width)
@@ -68,16 +107,32 @@ class CifarNet(nn.Module):
             blocks = nn.Sequential()
             for i in range(n):
                 stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(TwoLayers(channels, out_channels, stride, shortcut))
+                if block == "preact":
+                    blocks.append(PreActivation(channels, out_channels, stride, shortcut, first=stage == i == 0))
+                else:
+                    blocks.append(TwoLayers(channels, out_channels, stride, shortcut if block == "residual" else None))
                 channels = out_channels
             self.stages.append(blocks)
+        self.last_bn = nn.BatchNorm2d(channels) if block == "preact" else nn.Identity()
         self.linear = nn.Linear(channels, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, 3, 32, 32)
-        x = self.bn(self.conv(x))  # (B, width, 32, 32)
-        x = F.relu(self.stages(x)).mean(dim=(2, 3))  # (B, 4 width)
-        logits: Tensor = self.linear(x)  # (B, num_classes)
+    @property
+    def blocks(self) -> list[Block]:
+        """In the order data passes through them."""
+        return [block for stage in self.stages.children() for block in stage.children()]  # type: ignore[misc]
+
+    def stem(self, x: Tensor) -> Tensor:
+        """Normalised images (B, 3, 32, 32) to what the first block takes, (B, width, 32, 32)."""
+        out: Tensor = self.bn(self.conv(x))
+        return out
+
+    def head(self, x: Tensor) -> Tensor:
+        """What the last block gives, (B, 4 width, 8, 8), to logits (B, num_classes)."""
+        logits: Tensor = self.linear(F.relu(self.last_bn(x)).mean(dim=(2, 3)))
         return logits
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 3, 32, 32)
+        return self.head(self.stages(self.stem(x)))
 
 
 def he_init(net: nn.Module) -> None:
@@ -92,14 +147,24 @@ def he_init(net: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
+def zero_gamma(net: nn.Module) -> None:
+    """Set the scale of the last BN of each residual block to 0, so that the block begins as its shortcut.
+
+    Source: Goyal et al. 2017 (arXiv:1706.02677), section 5.1.
+    """
+    for module in net.modules():
+        if isinstance(module, TwoLayers) and module.residual:
+            nn.init.zeros_(module.bn2.weight)
+
+
 def cifar_net(depth: int, block: str, *, width: int = 16, shortcut: str = "A", num_classes: int = 10) -> CifarNet:
     """The net of section 4.2 with `depth` weight layers, freshly initialised from torch's global generator.
 
     Args:
         depth: 6n+2: one stem convolution, 6n convolutions in three stages, one linear layer.
-        block: "plain" or "residual".
+        block: "plain", "residual" or "preact".
         width: channels of the first stage; the others have 2 and 4 times as many.
-        shortcut: "A", "B" or "C" (residual nets only; a plain net has none).
+        shortcut: "A", "B" or "C" (a plain net has none).
         num_classes: outputs of the linear layer.
 
     Returns:
@@ -118,7 +183,7 @@ def cifar_net(depth: int, block: str, *, width: int = 16, shortcut: str = "A", n
         raise ValueError(f"width must be at least 1; got {width}")
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1; got {num_classes}")
-    net = CifarNet(n, width, shortcut if block == "residual" else None, num_classes)
+    net = CifarNet(n, width, block, shortcut, num_classes)
     he_init(net)
     return net
 

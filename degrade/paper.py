@@ -37,4 +37,5 @@ CIFAR10 = (
     Published("residual", 44, 0.0019, 0.0717, _TABLE_6),
     Published("residual", 56, 0.0011, 0.0697, _TABLE_6),
     Published("residual", 110, 0.0004, 0.0661, _TABLE_6),
+    Published("preact", 110, None, 0.0637, "He et al. 2016, arXiv:1603.05027, Table 2"),
 )

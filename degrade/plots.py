@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMATS = ("png", "svg", "pdf")
-COLOURS = {"plain": "#d55e00", "residual": "#0072b2"}  # Okabe and Ito's, told apart by everyone
-MARKERS = {"plain": "s", "residual": "o"}
+COLOURS = {"plain": "#d55e00", "residual": "#0072b2", "preact": "#009e73"}  # Okabe and Ito's, told apart by everyone
+MARKERS = {"plain": "s", "residual": "o", "preact": "^"}
 MEASURES = {
     "train_error": "training error (clean images, eval mode)",
     "test_error": "test error",
@@ -90,9 +90,11 @@ def by_depth(ax: Axes, final: "pd.DataFrame", measure: str) -> Axes:
     depths = set(final["depth"])
     row = final.iloc[0]
     if (row["dataset"], row["protocol"]) == ("cifar10", "paper"):
-        for block in BLOCKS:
+        for block in (block for block in BLOCKS if (final["block"] == block).any()):
             points = [(p.depth, _published(p, measure)) for p in paper.CIFAR10 if p.block == block]
             points = [(depth, value) for depth, value in points if value is not None]
+            if not points:
+                continue
             depths |= {depth for depth, _ in points}
             drawn += [value for _, value in points]
             x, y = zip(*points, strict=True)

@@ -24,7 +24,7 @@ from degrade.engine.process import autocast, set_precision
 from degrade.engine.queue import make_queue
 from degrade.evaluate import Evaluation
 from degrade.log import Epoch, from_csv, to_csv
-from degrade.nets import TwoLayers, cifar_net
+from degrade.nets import Block, cifar_net, zero_gamma
 
 
 def train(config: RunConfig, *, data_dir: Path | None = None, device: str = "cpu") -> Iterator[Epoch]:
@@ -98,12 +98,14 @@ class Training:
             shortcut=config.shortcut,
             num_classes=self.splits.num_classes,
         )
+        if config.init == "zero-gamma":
+            zero_gamma(net)
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.num_batches_tracked = None  # nobody reads it, and it costs a kernel a layer
         self.net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compiled:
-            compile_modules(self.net, TwoLayers)
+            compile_modules(self.net, Block)
         # In tensors, so that a graph reads what they hold when it is replayed, not what they held once.
         self.lr = torch.zeros((), device=device)
         self.optimizer = torch.optim.SGD(

@@ -262,7 +262,7 @@ class TestBadInput:
             (["--depths", "twenty"], "--depths must be whole numbers separated by commas, such as 20,56; got 'twenty'"),
             (["--depths", "10" * 30], "--depths must be whole numbers"),
             (["--depths", "1000000004"], "depth must be at most 10,000; got 1000000004"),
-            (["--depths", "20", "--blocks", "dense"], "block must be one of plain, residual; got 'dense'"),
+            (["--depths", "20", "--blocks", "dense"], "block must be one of plain, residual, preact; got 'dense'"),
             (["--depths", "20", "--blocks", " "], "--blocks must be separated by commas"),
             (["--depths", "20", "--seeds", "-1"], "seed must be from 0 to 4294967295; got -1"),
             (["--depths", "20", "--dataset", "imagenet"], "dataset must be one of cifar10, shapes; got 'imagenet'"),

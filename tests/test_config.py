@@ -24,6 +24,7 @@ def test_the_defaults_are_the_papers_protocol():
         "dataset": "cifar10",
         "width": 16,
         "shortcut": "A",
+        "init": "he",
         "train_images": None,
         "val_images": 0,
         "test_images": None,
@@ -60,8 +61,8 @@ def test_depth_110_warms_up_for_400_steps(block, depth, step, lr):
 
 def test_golden_run_ids():
     """A changed id orphans everybody's results: change these only with a reason for that."""
-    assert PAPER.run_id == "plain-56-s0-495785c6"
-    assert RunConfig(block="residual", depth=20, seed=3, lr=0.05).run_id == "residual-20-s3-27d328b2"
+    assert PAPER.run_id == "plain-56-s0-57cc2c7f"
+    assert RunConfig(block="residual", depth=20, seed=3, lr=0.05).run_id == "residual-20-s3-eb426c2e"
 
 
 def test_every_field_is_in_the_run_id():
@@ -72,6 +73,7 @@ def test_every_field_is_in_the_run_id():
         "dataset": "shapes",
         "width": 8,
         "shortcut": "B",
+        "init": "zero-gamma",
         "train_images": 1000,
         "val_images": 1,
         "test_images": 1000,
@@ -108,7 +110,7 @@ def test_configuration_survives_json():
         ({"depth": 2}, "depth must be 6n+2"),
         ({"depth": -4}, "depth must be 6n+2"),
         ({"depth": 60_002}, "depth must be at most 10,000; got 60002"),
-        ({"block": "dense"}, "block must be one of plain, residual; got 'dense'"),
+        ({"block": "dense"}, "block must be one of plain, residual, preact; got 'dense'"),
         ({"shortcut": "D"}, "shortcut must be one of A, B, C; got 'D'"),
         ({"dataset": "mnist"}, "dataset must be one of cifar10, shapes; got 'mnist'"),
         ({"steps": 0}, "steps must be at least 1; got 0"),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from degrade.nets import PadShortcut, TwoLayers, cifar_net, parameter_count
+from degrade.nets import PadShortcut, TwoLayers, cifar_net, parameter_count, zero_gamma
 
 
 @pytest.mark.parametrize("block", ["plain", "residual"])
@@ -30,7 +30,7 @@ def test_parameters_of_the_shortcuts(shortcut, count):
 
 
 @pytest.mark.parametrize("depth", [8, 20, 56])
-@pytest.mark.parametrize("block", ["plain", "residual"])
+@pytest.mark.parametrize("block", ["plain", "residual", "preact"])
 def test_depth_counts_the_weight_layers(depth, block):
     net = cifar_net(depth, block, width=2)
     assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in net.modules()) == depth
@@ -48,7 +48,7 @@ def shapes_seen(net, size=32):
 
 
 @pytest.mark.parametrize(
-    ("block", "shortcut"), [("plain", "A"), ("residual", "A"), ("residual", "B"), ("residual", "C")]
+    ("block", "shortcut"), [("plain", "A"), ("residual", "A"), ("residual", "B"), ("residual", "C"), ("preact", "A")]
 )
 def test_modules_are_registered_in_the_order_data_passes_through(block, shortcut):
     net = cifar_net(14, block, shortcut=shortcut)
@@ -102,6 +102,76 @@ def test_forward_equals_the_definition(block):
     torch.testing.assert_close(logits, reference_forward(net, x, block == "residual"), rtol=1e-4, atol=1e-3)
 
 
+def reference_preact(net, x):
+    """He et al. 2016b from the bare parameters: BN and ReLU, then convolution; nothing after the addition."""
+    p = dict(net.named_parameters()) | dict(net.named_buffers())
+
+    def active(x, bn):
+        stats = (p[f"{bn}.running_mean"], p[f"{bn}.running_var"])
+        return F.relu(F.batch_norm(x, *stats, p[f"{bn}.weight"], p[f"{bn}.bias"]))
+
+    x = active(F.conv2d(x, p["conv.weight"], padding=1), "bn")
+    for s in range(3):
+        i = 0
+        while (name := f"stages.{s}.{i}") + ".conv1.weight" in p:
+            stride = 2 if s and i == 0 else 1
+            out = x if s == i == 0 else active(x, f"{name}.bn1")  # the stem's serves the first block
+            out = F.conv2d(out, p[f"{name}.conv1.weight"], stride=stride, padding=1)
+            out = F.conv2d(active(out, f"{name}.bn2"), p[f"{name}.conv2.weight"], padding=1)
+            skip = x[:, :, ::stride, ::stride]
+            x = out + torch.cat([skip, torch.zeros(len(x), out.shape[1] - skip.shape[1], *out.shape[2:])], dim=1)
+            i += 1
+    x = active(x, "last_bn")
+    return F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), p["linear.weight"], p["linear.bias"])
+
+
+def test_preact_forward_equals_the_definition():
+    torch.manual_seed(0)
+    net = cifar_net(20, "preact").eval()
+    for name, buffer in net.named_buffers():
+        if "running_mean" in name:
+            buffer.normal_(0, 0.1)
+        elif "running_var" in name:
+            buffer.uniform_(0.5, 1.5)
+    x = torch.randn(4, 3, 32, 32)
+    logits = net(x)
+    assert logits.std() > 0.1
+    torch.testing.assert_close(logits, reference_preact(net, x), rtol=1e-4, atol=1e-3)
+
+
+def test_parameters_of_preact_differ_by_the_bn_that_moved():
+    # The first block has no BN of its own before its first convolution, and one follows the last block: 64 channels.
+    # In stages 2 and 3 the first BN of the first block is of the channels that come in: 16 and 32 fewer.
+    moved = 2 * (64 - 16 - 16 - 32)
+    assert parameter_count(cifar_net(20, "preact")) == 269_722 + moved
+
+
+@pytest.mark.parametrize("block", ["plain", "residual", "preact"])
+def test_a_block_without_its_layers_is_its_shortcut(block):
+    net = cifar_net(14, block, width=4)
+    assert len(net.blocks) == 6
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(net.blocks[0].without_layers(x), x.clamp(min=0))
+    passed = x if block == "preact" else x.clamp(min=0)  # a pre-activation shortcut sees what comes, as it is
+    assert torch.equal(net.blocks[1].without_layers(x), passed)
+    assert torch.equal(net.blocks[2].without_layers(x)[:, :4], passed[:, :, ::2, ::2])
+    assert not net.blocks[2].without_layers(x)[:, 4:].any()
+
+
+def test_zero_gamma_makes_every_residual_block_its_shortcut_and_leaves_plain_nets_alone():
+    torch.manual_seed(0)
+    net, plain = cifar_net(14, "residual", width=4), cifar_net(14, "plain", width=4)
+    before = plain.state_dict()
+    zero_gamma(net)
+    zero_gamma(plain)
+    x = torch.randn(2, 3, 32, 32)
+    through = net.stem(x)
+    for block in net.blocks:
+        through = block.without_layers(through)
+    assert torch.equal(net(x), net.head(through))
+    assert all(torch.equal(before[name], value) for name, value in plain.state_dict().items())
+
+
 def test_option_a_takes_every_second_pixel_and_appends_zero_channels():
     x = torch.arange(2 * 4 * 4.0).reshape(1, 2, 4, 4)
     out = PadShortcut(2, 4, stride=2)(x)
@@ -146,7 +216,7 @@ def test_other_widths_and_classes():
     ("arguments", "rule"),
     [
         ((21, "plain"), "depth must be 6n\\+2"),
-        ((20, "Plain"), "block must be one of plain, residual; got 'Plain'"),
+        ((20, "Plain"), "block must be one of plain, residual, preact; got 'Plain'"),
         ((20, "residual", {"shortcut": "a"}), "shortcut must be one of A, B, C; got 'a'"),
         ((20, "plain", {"width": 0}), "width must be at least 1; got 0"),
         ((20, "plain", {"num_classes": 0}), "num_classes must be at least 1; got 0"),

@@ -17,5 +17,6 @@ def test_the_papers_plain_nets_degrade_and_its_residual_nets_do_not():
 
 
 def test_every_number_has_its_source():
-    assert all("arXiv:1512.03385" in p.source for p in paper.CIFAR10)
+    there = {"plain": "arXiv:1512.03385", "residual": "arXiv:1512.03385", "preact": "arXiv:1603.05027"}
+    assert all(there[p.block] in p.source for p in paper.CIFAR10)
     assert paper.STEPS == 64_000

@@ -124,7 +124,7 @@ def verdicts(epochs: "pd.DataFrame") -> list[Verdict]:
         for block in BLOCKS:
             results += [_compare(runs, (block,), depths[block][0], deep) for deep in depths[block][1:]]
         both = [depth for depth in depths["plain"] if depth in depths["residual"]]
-        results += [_compare(runs, BLOCKS, both[0], deep) for deep in both[1:]]
+        results += [_compare(runs, ("plain", "residual"), both[0], deep) for deep in both[1:]]
     return results
 
 

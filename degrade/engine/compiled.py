@@ -3,6 +3,7 @@
 import logging
 import threading
 from functools import lru_cache
+from types import UnionType
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ tqdm.set_lock(threading.RLock())  # torch's progress bar would make a semaphore,
 SHAPES = 256  # of blocks, times training or not: far more than any process needs; torch gives up at 8
 
 
-def compile_modules(net: nn.Module, kind: type[nn.Module]) -> None:
+def compile_modules(net: nn.Module, kind: type[nn.Module] | UnionType) -> None:
     """Have the modules of this class run compiled, in place. Those alike in shape share one compilation.
 
     The rest of the net runs as it is. Compiling happens in the first call, and takes time then.
