@@ -320,15 +320,15 @@ MUTATIONS = [
     Mutation(
         "14",
         "what is wrong with a command line ends in a traceback",
-        "degrade/cli.py",
-        "    except ValueError as error:\n        _exit(str(error), 2)\n    except Failure",
+        "degrade/cli/app.py",
+        "    except ValueError as error:\n        leave(str(error), 2)\n    except Failure",
         "    except Failure",
         LINES,
     ),
     Mutation(
         "14",
         "a dry run writes",
-        "degrade/cli.py",
+        "degrade/cli/sweep.py",
         "    if dry_run:\n        return\n",
         "    if dry_run:\n        chosen.create(configs)\n        return\n",
         LINES,
@@ -368,7 +368,7 @@ MUTATIONS = [
     Mutation(
         "15",
         "signals are not caught",
-        "degrade/cli.py",
+        "degrade/cli/sweep.py",
         '@stopping("stopped; the same command goes on from the last checkpoints")\n',
         "",
         f"{PROCESSES}::test_told_to_stop_at_any_time",
@@ -408,8 +408,8 @@ MUTATIONS = [
     Mutation(
         "16",
         "what is left out is not said",
-        "degrade/cli.py",
-        '        _note(f"left out: {line}")\n',
+        "degrade/cli/app.py",
+        '        note(f"left out: {line}")\n',
         "        pass\n",
         f"{DAMAGE}::TestReaders",
     ),

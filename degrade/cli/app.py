@@ -1,0 +1,206 @@
+"""What every command uses: the program, its exit codes, how it speaks, and what the command line's words mean."""
+
+import errno
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from degrade import __version__, store
+from degrade.config import RunConfig
+from degrade.errors import Failure
+from degrade.stopping import Stopped
+
+if TYPE_CHECKING:
+    from degrade.sweep import Machine
+
+NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)  # a path on the command line that none can be
+
+app = typer.Typer(
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Reproduce and study the degradation problem: deeper plain nets get a higher training error "
+    "(He et al. 2015), and residual nets do not.",
+)
+console = Console()
+Results = Annotated[Path, typer.Argument(help="A folder of results: of one study, or of several.")]
+
+
+def main() -> None:
+    """Run the command line. Every expected error is one line: exit 2 for usage, 1 for failure."""
+    usage_error: type[Any] = typer.BadParameter.__mro__[1]  # of the click that typer uses, whichever that is
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a folder may be called what a terminal cannot show
+    try:
+        code = app(prog_name="degrade", standalone_mode=False)  # what the command returns; None where all is well
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:  # whoever read the output, head say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except usage_error as error:
+        leave(f"{error.format_message()} Try: {error.ctx.command_path if error.ctx else 'degrade'} --help", 2)
+    except ValueError as error:
+        leave(str(error), 2)
+    except Failure as error:
+        leave(str(error), 1)
+    except OSError as error:
+        reason = ": ".join(filter(None, (str(error.filename or ""), error.strerror or str(error))))
+        leave(reason, 2 if error.errno in NO_PATH else 1)
+    except (KeyboardInterrupt, typer.Abort):
+        leave("stopped", 130)
+    except Stopped as stop:
+        leave("stopped", stop.code)
+
+
+def leave(message: str, code: int) -> NoReturn:
+    note(message)
+    sys.exit(code)
+
+
+def printable(text: str) -> str:
+    """Control characters, of a file's name say, neither end the line nor reach the terminal."""
+    return re.sub(r"[\x00-\x1f\x7f]", lambda control: repr(control[0])[1:-1], text)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"degrade {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def note(text: str) -> None:
+    print(f"degrade: {printable(text)}", file=sys.stderr)
+
+
+def say(text: str) -> None:
+    """One line, however narrow the terminal."""
+    console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+
+
+def count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def say_errors(runs: Sequence[store.Run]) -> None:
+    for run in runs:
+        if run.status == "failed":
+            say(f"{run.folder.name}: {run.error}")
+
+
+def tell(damaged: Sequence[str]) -> int:
+    """Say on stderr what was left out; the exit code."""
+    for line in damaged:
+        note(f"left out: {line}")
+    if damaged:
+        note("degrade check looks closer")
+    return int(bool(damaged))
+
+
+def epochs_of(results: Path, studies: Sequence[store.Study], damaged: Sequence[str]) -> Any:
+    """A row an epoch.
+
+    Raises:
+        ValueError: there is none.
+        Failure: there is none that is not damaged.
+    """
+    epochs = store.to_frame(studies)
+    if epochs.empty and damaged:
+        raise Failure(f"nothing is left to read: {damaged[0]}")
+    if epochs.empty:
+        raise ValueError(f"{results} holds no epoch yet; degrade show {results} tells how far its runs are")
+    return epochs
+
+
+def names(text: str | None, flag: str) -> list[str] | None:
+    """`a,b` as a list; None where the flag was not given."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise ValueError(f"{flag} must be separated by commas, with nothing empty; got {text!r}")
+    return parts
+
+
+def numbers(text: str | None, flag: str) -> list[int] | None:
+    parts = names(text, flag)
+    if parts is None:
+        return None
+    if bad := [part for part in parts if not re.fullmatch(r"-?[0-9]{1,18}", part)]:
+        raise ValueError(f"{flag} must be whole numbers separated by commas, such as 20,56; got {bad[0]!r}")
+    return [int(part) for part in parts]
+
+
+def distinct(values: Any, name: str, kind: type) -> list[Any]:
+    if values is None:
+        raise ValueError(f"{name} are missing: name them, such as --depths 20,56")
+    if not isinstance(values, list) or not values or not all(type(value) is kind for value in values):
+        raise ValueError(f"{name} must be a list of {'whole numbers' if kind is int else 'names'}; got {values!r}")
+    return list(dict.fromkeys(values))
+
+
+def configs_of(grid: dict[str, list[Any]], dataset: str, shared: dict[str, Any]) -> list[RunConfig]:
+    return [
+        RunConfig(block=block, depth=depth, seed=seed, dataset=dataset, **shared)
+        for depth in grid["depth"]
+        for seed in grid["seed"]
+        for block in grid["block"]
+    ]
+
+
+def machine_of(
+    device: str, configs: Sequence[RunConfig], jobs: str, threads: str, pack: str, compiled: str
+) -> "Machine":
+    """The machine as the flags ask for it; what cannot be had is said in a line."""
+    from degrade.sweep import resolve_machine
+
+    machine, missing = resolve_machine(
+        device,
+        configs,
+        jobs=auto(jobs, "--jobs"),
+        threads=auto(threads, "--threads"),
+        pack=auto(pack, "--pack"),
+        compiled=compiled,
+    )
+    if missing:
+        note(missing)
+    return machine
+
+
+def how(machine: "Machine") -> str:
+    jobs, threads = count(machine.jobs * machine.pack, "run"), count(machine.threads, "thread")
+    packed = f" ({machine.pack} to a process)" if machine.pack > 1 else ""
+    return f"{machine.device}, {jobs} at a time{packed}, {threads} each"
+
+
+def check_precision(precision: str, device: str) -> None:
+    from degrade.sweep import has_precision
+
+    if not has_precision(device, precision):
+        where = "a GPU that has it" if precision == "tf32" else "a CPU, or a GPU that has it"
+        raise ValueError(f"precision {precision} needs {where}; device is {device}")
+
+
+def auto(text: str, flag: str) -> int | None:
+    if text == "auto":
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError(f"{flag} must be auto or a whole number of at least 1; got {text!r}")
+    return int(text)

@@ -1,0 +1,139 @@
+"""What reads results: `degrade show`, `check`, `plot` and `verdict`."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from degrade import paper, store, terminal
+from degrade.cli.app import Results, app, console, count, epochs_of, leave, names, say, say_errors, tell
+
+
+@app.command()
+def show(
+    results: Results = Path("results"),
+    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As a list of objects.")] = False,
+) -> int:
+    """Show every run: its status, how far it is, and its errors.
+
+    Example: degrade show results/
+    """
+    if as_json and as_csv:
+        raise ValueError("--csv and --json exclude each other")
+    studies, damaged = store.find_studies(results)
+    records = [run.record() for study in studies for run in study.runs]
+    if as_json:
+        print(json.dumps(records, indent=2))
+    elif as_csv:
+        writer = csv.DictWriter(sys.stdout, records[0] if records else ["id"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+    else:
+        for study in studies:
+            say(f"{study.name}: {study.shared['dataset']}, protocol {study.protocol}")
+            console.print(terminal.runs_table(study.runs))
+            say_errors(study.runs)
+    return tell(damaged)
+
+
+@app.command()
+def check(
+    results: Results = Path("results"),
+    repair: Annotated[bool, typer.Option("--repair", help="Write anew what can be derived from other files.")] = False,
+) -> None:
+    """Verify every file of every run: configurations, checkpoints, logs. Exit code 1 where something is wrong.
+
+    Example: degrade check results/ --repair
+    """
+    from degrade.check import check as checks
+
+    findings = []
+    for checked in checks(results, repair=repair):
+        states = ", ".join(f"{count} {status}" for status, count in sorted(checked.statuses.items())) or "none"
+        runs = f"{count(checked.statuses.total(), 'run')} ({states})"
+        say(f"{checked.folder}: {runs}{'' if checked.findings else ', nothing wrong'}")
+        if checked.alone:
+            say(f"  {count(checked.alone, 'log')} with no checkpoint to compare with")
+        for path, problem, remedy, mend in checked.findings:
+            say(str(path))
+            say(f"  {problem}" + (f"; {'' if repair else 'can be '}{remedy}" if mend else ""))
+        findings += checked.findings
+    mendable = sum(bool(finding.mend) for finding in findings)
+    lost = len(findings) - mendable
+    if left := lost if repair else len(findings):
+        mends = f"; --repair mends {mendable}" if mendable and not repair else ""
+        advice = f"; {'otherwise ' if mends else ''}restore the file, or delete it and sweep again" if lost else ""
+        leave(f"{count(left, 'problem')}{mends}{advice}", 1)
+
+
+@app.command()
+def plot(
+    results: Results = Path("results"),
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for the figures.", show_default="figures/ in each study")
+    ] = None,
+    formats: Annotated[str, typer.Option(help="Any of png, svg, pdf.")] = "png,svg,pdf",
+) -> int:
+    """Draw each study: training error v depth, error curves, test error v depth, the gap between the two.
+
+    Example: degrade plot results/
+    """
+    kinds = names(formats, "--formats") or []
+    allowed = ("png", "svg", "pdf")
+    if unknown := [kind for kind in kinds if kind not in allowed]:
+        raise ValueError(f"--formats must be of {', '.join(allowed)}; got {unknown[0]!r}")
+    studies, damaged = store.find_studies(results)
+    epochs = epochs_of(results, studies, damaged)
+
+    from degrade import plots
+
+    folders = {study.name: study.folder for study in studies}
+    for name, rows in epochs.groupby("study", sort=True):
+        folder = out / name if out else folders[name] / "figures"
+        for title, figure in plots.figures(rows).items():
+            paths = plots.save(figure, folder, title, kinds)
+            say(f"{paths[0].with_suffix('')}.{{{','.join(kinds)}}}" if len(kinds) > 1 else str(paths[0]))
+    return tell(damaged)
+
+
+@app.command()
+def verdict(
+    results: Results = Path("results"),
+    as_json: Annotated[bool, typer.Option("--json", help="As a list of objects.")] = False,
+) -> int:
+    """Say whether final training error rises with depth, per block, with Welch's 95 % intervals over seeds.
+
+    A deeper net degrades if its whole interval lies above 0, and does not degrade if it ends at most half a point
+    above; otherwise, and with one seed, it is undecided.
+
+    Example: degrade verdict results/
+    """
+    studies, damaged = store.find_studies(results)
+    epochs = epochs_of(results, studies, damaged)
+
+    from degrade.analysis.verdict import verdicts
+
+    found = verdicts(epochs)
+    if as_json:
+        print(json.dumps([v.as_dict() for v in found], indent=2, allow_nan=False))
+        return tell(damaged)
+    for study in studies:
+        say(f"{study.name}: final training error, deeper minus shallower, in percentage points")
+        mine = [v for v in found if v.study == study.name]
+        if mine:
+            console.print(terminal.verdict_table(mine))
+        else:
+            say("nothing to compare: two finished depths of one block are needed")
+        if mine and mine[0].early:
+            of = f" of the paper's {paper.STEPS:,}" if study.shared["dataset"] == "cifar10" else ""
+            say(f"early in training: {mine[0].steps:,}{of} steps")
+        if lost := sorted({run for v in mine for run in v.diverged}):
+            say(f"diverged, counted at chance: {', '.join(lost)}")
+        for run in study.runs:
+            if run.status not in store.FINISHED:
+                say(f"left out: {run.folder.name} ({run.status})")
+    return tell(damaged)
