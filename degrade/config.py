@@ -107,7 +107,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            object.__setattr__(self, field.name, _typed(field.name, field.type, getattr(self, field.name)))
+            object.__setattr__(self, field.name, typed(field.name, getattr(self, field.name)))
         blocks_per_stage(self.depth)
         for name, allowed in (
             ("block", BLOCKS),
@@ -216,8 +216,13 @@ def run_id(values: Mapping[str, Any]) -> str:
     return f"{values['block']}-{values['depth']}-s{values['seed']}-{digest[:8]}"
 
 
-def _typed(name: str, kind: Any, value: Any) -> Any:
-    """`value` as the field's own type, so that 1 and 1.0 give one run id."""
+def typed(name: str, value: Any) -> Any:
+    """`value` as the own type of RunConfig's field `name`, so that 1 and 1.0 give one run id.
+
+    Raises:
+        ValueError: it is of another type.
+    """
+    kind = TYPES[name]
     if value is None and "None" in str(kind):
         return None
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -232,6 +237,8 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     wanted = words.get(kind, "a list of whole numbers")
     raise ValueError(f"{name} must be {wanted}; got {value!r}")
 
+
+TYPES: dict[str, Any] = {field.name: field.type for field in fields(RunConfig)}
 
 # What each named protocol changes of the paper's. Milestones stay at half and three quarters.
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -272,8 +279,13 @@ def protocol_fields(protocol: str, overrides: Mapping[str, Any]) -> dict[str, An
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}")
     values = PROTOCOLS[protocol] | dict(overrides)
     if "steps" in overrides and "milestones" not in overrides and isinstance(values["steps"], int):
-        values["milestones"] = tuple(sorted({values["steps"] // 2, values["steps"] * 3 // 4} - {0}))
+        values["milestones"] = usual_milestones(values["steps"])
     return values
+
+
+def usual_milestones(steps: int) -> tuple[int, ...]:
+    """The paper's in proportion: at half and three quarters of the steps."""
+    return tuple(sorted({steps // 2, steps * 3 // 4} - {0}))
 
 
 def overridden(protocol: str, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -289,11 +301,17 @@ def overridden(protocol: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def study_name(dataset: str, protocol: str, overrides: Mapping[str, Any]) -> str:
     """The default name of a study: data set, protocol and what is overridden, such as `cifar10-demo-lr0.05`."""
-    parts = [dataset, protocol]
-    for name, value in sorted(overrides.items()):
-        text = "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-        parts.append(f"{name.replace('_', '')}{text}")
-    return "-".join(parts)
+    return "-".join([dataset, protocol, *name_parts(overrides)])
+
+
+def name_parts(overrides: Mapping[str, Any]) -> list[str]:
+    """What each override adds to a study's name: `lr0.05`."""
+    return [f"{name.replace('_', '')}{spelt(value)}" for name, value in sorted(overrides.items())]
+
+
+def spelt(value: Any) -> str:
+    """A field's value in names, tables and figures: `0.05`, `250-375`, or `all` images."""
+    return "all" if value is None else "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def matches_protocol(shared: Mapping[str, Any], protocol: str) -> bool:
