@@ -13,6 +13,7 @@ SHORTCUTS = ("A", "B", "C")
 DECAYS = ("all", "conv")
 PRECISIONS = ("fp32", "tf32", "bf16")
 INITS = ("he", "zero-gamma")
+PADDINGS = ("appended", "both-sides")  # of the zero channels of option A, in weights that are imported
 IDENTITY = re.compile(r"identity:[a-z]+-[0-9]+-s[0-9]+-[0-9a-f]{8}:[0-9a-f]{12}")  # the run, and a hash of its weights
 
 

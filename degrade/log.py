@@ -48,8 +48,12 @@ def to_csv(rows: list[Epoch], *, validation: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def from_csv(text: str) -> list[Epoch]:
+def from_csv(text: str, *, gaps: bool = False) -> list[Epoch]:
     """The inverse of `to_csv`.
+
+    Args:
+        text: the CSV.
+        gaps: epochs may be missing, and values be NaN, as in the log of an imported run.
 
     Raises:
         ValueError: another program's header, a row that does not fit it, or epochs that are not 1, 2, 3, ...
@@ -68,13 +72,13 @@ def from_csv(text: str) -> list[Epoch]:
             row = Epoch(int(line[0]), int(line[1]), *map(float, line[2:]))
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from None
-        if row.epoch != number:
+        if row.epoch != number and not gaps:
             raise ValueError(f"row {number} is epoch {row.epoch}")
-        if row.step <= (rows[-1].step if rows else 0):
+        if row.step <= (rows[-1].step if rows else 0) or row.epoch < number:
             raise ValueError(f"row {number}: its step, {row.step}, is not above the one before")
         for name in ("train_error", "train_error_running", "test_error", "val_error"):
             value = getattr(row, name)
-            if value is not None and not 0 <= value <= 1:
+            if value is not None and not 0 <= value <= 1 and not (gaps and math.isnan(value)):
                 raise ValueError(f"row {number}: {name} must be from 0 to 1; got {value}")
         rows.append(row)
     return rows

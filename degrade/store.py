@@ -6,6 +6,8 @@ results/<study>/<run id>/config.json        the whole configuration
                          timing.csv         seconds an epoch; the only file that knows the clock
                          environment.json   versions, hardware, threads
                          checkpoints/       the commit points
+                         imported.json      where an imported run's weights come from, and what they measure here
+                         weights.pt         of an imported run
                          error.txt          the traceback of a failed run
                          lock               held while the run trains
 """
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 STUDY, CONFIG, LOG, TIMING = "study.json", "config.json", "log.csv", "timing.csv"
 ENVIRONMENT, CHECKPOINTS, ERROR, LOCK = "environment.json", "checkpoints", "error.txt", "lock"
+IMPORTED, WEIGHTS = "imported.json", "weights.pt"
 FINISHED = ("done", "diverged")  # the statuses of runs that count as results
 
 
@@ -83,11 +86,23 @@ class Run:
         return cls(study, folder, config)
 
     @cached_property
+    def imported(self) -> dict[str, Any] | None:
+        """Where its weights come from, if it was imported: the content of imported.json.
+
+        Raises:
+            Failure: the file is damaged.
+        """
+        try:
+            return read_json(self.folder / IMPORTED)
+        except FileNotFoundError:
+            return None
+
+    @cached_property
     def _log(self) -> tuple[list[Epoch], str]:
         """The rows of log.csv, and what is wrong with it, if anything is."""
         try:
             data = (self.folder / LOG).read_bytes()
-            epochs = from_csv(data.decode())
+            epochs = from_csv(data.decode(), gaps=self.imported is not None)
             if data != to_csv(epochs, validation=self.config.val_images > 0).encode():
                 raise ValueError("it is not as degrade wrote it")
             if epochs and epochs[-1].step > self.config.steps:
@@ -95,8 +110,12 @@ class Run:
             return epochs, ""
         except FileNotFoundError:
             return [], ""
+        except Failure as error:
+            return [], str(error)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
+            if (self.folder / IMPORTED).exists():
+                return [], f"{self.folder / LOG}: {reason}; restore it, or delete the run's folder and import it again"
             then = "a sweep" if self.has_checkpoint else "restore it, or delete it and a sweep"
             how = "writes it anew from its checkpoint" if self.has_checkpoint else "trains the run again"
             return [], f"{self.folder / LOG}: {reason}; {then} {how}"
@@ -162,6 +181,7 @@ class Run:
             "depth": self.config.depth,
             "seed": self.config.seed,
             "status": self.status,
+            "imported": (self.folder / IMPORTED).exists(),
             "epoch": last.epoch if last else 0,
             "step": last.step if last else 0,
             "train_error": last.train_error if last else None,
@@ -178,12 +198,14 @@ class Study:
         name: the folder's path below the folder of results that was asked for, so that it is unique there.
         protocol: the name of the protocol it started from.
         shared: the configuration that all of its runs have in common.
+        imported: whether its runs are imported ones; what was trained here is never mixed with these.
     """
 
     folder: Path
     name: str
     protocol: str
     shared: dict[str, Any]
+    imported: bool = False
 
     @classmethod
     def open(cls, folder: Path, root: Path | None = None) -> Self:
@@ -199,7 +221,7 @@ class Study:
         except ValueError as error:
             raise Failure(f"{folder / STUDY}: {error}") from None
         name = folder.relative_to(root).as_posix() if root and root != folder else folder.resolve().name
-        return cls(folder, name, values["protocol"], shared)
+        return cls(folder, name, values["protocol"], shared, values.get("imported") is True)
 
     @cached_property
     def _found(self) -> tuple[list[Run], list[str]]:
@@ -254,7 +276,8 @@ class Study:
             ValueError: another sweep has made the study meanwhile, with another protocol.
         """
         make_folder(self.folder)
-        if not create_file(self.folder / STUDY, to_json({"protocol": self.protocol, "shared": self.shared})):
+        values = {"protocol": self.protocol, "shared": self.shared} | ({"imported": True} if self.imported else {})
+        if not create_file(self.folder / STUDY, to_json(values)):
             Study.open(self.folder).check(configs)
         known = self.known()
         for config in configs:
@@ -305,6 +328,8 @@ def find_studies(root: Path) -> tuple[list[Study], list[str]]:
 def load(folder: str | Path) -> "pd.DataFrame":
     """All logs below `folder`: a row an epoch, with the run's study, protocol, id, status and configuration.
 
+    `imported` tells runs that were trained elsewhere; the last row of each is what its weights measure here.
+
     Errors are fractions in [0, 1], losses nats; `log.Epoch` and `config.RunConfig` define the columns.
     `lr` is the epoch's, `initial_lr` the configuration's; `protocol` ends in ", changed" where a field was overridden.
 
@@ -328,8 +353,10 @@ def to_frame(studies: Iterable[Study]) -> "pd.DataFrame":
     for study in studies:
         changed = "" if matches_protocol(study.shared, study.protocol) else ", changed"
         for run in study.runs:
-            about = {"study": study.name, "protocol": study.protocol + changed, "id": run.folder.name}
-            about |= {"status": run.status} | {name: getattr(run.config, name) for name in SWEPT}
+            about: dict[str, Any] = {"study": study.name, "protocol": study.protocol + changed, "id": run.folder.name}
+            about |= {"status": run.status, "imported": study.imported} | {
+                name: getattr(run.config, name) for name in SWEPT
+            }
             about |= run.config.as_dict() | {"initial_lr": run.config.lr}
             rows += [about | asdict(epoch) for epoch in run.epochs]
     return pd.DataFrame(rows)

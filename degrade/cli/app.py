@@ -165,6 +165,15 @@ def configs_of(grid: dict[str, list[Any]], dataset: str, shared: dict[str, Any])
     ]
 
 
+def study_folder(out: Path, name: str) -> Path:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", name):
+        raise ValueError(f"a study's name must be up to 100 of A-Z a-z 0-9 . _ + -; got {name!r}; set it with --study")
+    for path in (out / name, out):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file; --out and --study must name a folder")
+    return out / name
+
+
 def machine_of(
     device: str, configs: Sequence[RunConfig], jobs: str, threads: str, pack: str, compiled: str
 ) -> "Machine":

@@ -1,0 +1,195 @@
+"""`degrade import`, `export` and `identity`: what is done with a run's weights."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from degrade import store, terminal
+from degrade.cli.app import app, console, leave, names, say, study_folder
+from degrade.config import PADDINGS, PROTOCOLS, RunConfig, overridden, protocol_fields, study_name
+from degrade.log import Epoch
+
+
+@app.command("import")
+def import_(
+    weights: Annotated[Path, typer.Argument(help="A state dict of PyTorch's (.pt, .pth), or a .safetensors file.")],
+    block: Annotated[str, typer.Option(help="plain, residual or preact.")],
+    depth: Annotated[int, typer.Option(help="6n+2.")],
+    source: Annotated[str, typer.Option(help="Where they are from, and under which licence.")],
+    seed: Annotated[int, typer.Option(help="Tells nets of one depth apart.")] = 0,
+    out: Annotated[Path, typer.Option(help="The folder of results.")] = Path("results"),
+    study: Annotated[str | None, typer.Option(help="Its folder there.", show_default="imported-...")] = None,
+    dataset: Annotated[str, typer.Option(help="What the net was trained on.")] = "cifar10",
+    protocol: Annotated[str, typer.Option(help=f"How, of {', '.join(PROTOCOLS)}.")] = "paper",
+    fields: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A field in which that differed.")
+    ] = None,
+    departures: Annotated[
+        list[str] | None, typer.Option("--departure", help="What else differed from the protocol, in words.")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Of the input, a channel each.", show_default="per pixel, of the training images")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="What the input was divided by.", show_default="1,1,1")] = None,
+    padding: Annotated[str, typer.Option(help="Zero channels of option A: appended, or both-sides.")] = "appended",
+    key: Annotated[str | None, typer.Option(help="Of the state dict, where the file holds several.")] = None,
+    log: Annotated[Path | None, typer.Option(help="The published log: a CSV with a row an epoch.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Its columns: test_error=test_err,train_error=1-acc,...")] = None,
+    in_percent: Annotated[bool, typer.Option("--percent", help="Its errors are in percent.")] = False,
+    weights_of: Annotated[str, typer.Option(help="The epoch the weights are of: last, best on test, or N.")] = "last",
+    claimed_test_error: Annotated[float | None, typer.Option(help="In percent.", show_default="the log's")] = None,
+    claimed_train_error: Annotated[float | None, typer.Option(help="In percent.", show_default="the log's")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where the data are.", show_default="$DEGRADE_DATA, else ~/.cache/degrade")
+    ] = None,
+) -> None:
+    """Bring published weights into a study as a run of their own, and measure them.
+
+    Example: degrade import resnet20.pth --block residual --depth 20 --source "github.com/o/r, MIT" --mean .49,.48,.45
+    """
+    overrides = dict(_assignment(text) for text in fields or [])
+    if swept := sorted({"block", "depth", "seed", "dataset"} & set(overrides)):
+        raise ValueError(f"--set {swept[0]}: there is --{swept[0]} for that")
+    shared = protocol_fields(protocol, overrides)
+    config = RunConfig.from_dict(shared | {"block": block, "depth": depth, "seed": seed, "dataset": dataset})
+    name = study if study is not None else f"imported-{study_name(dataset, protocol, overridden(protocol, overrides))}"
+    folder = study_folder(out, name)
+    there = store.Study.open(folder) if (folder / store.STUDY).exists() else None
+    if there and not there.imported:
+        raise ValueError(f"study {name} holds runs that were trained here; give imported ones another, with --study")
+    chosen = there or store.Study(folder, folder.name, protocol, config.shared(), imported=True)
+    chosen.check([config])
+    if (folder / config.run_id / store.LOG).exists():
+        leave(f"{folder / config.run_id} is there already, and stays as it is; --seed or --study gives another", 1)
+    if padding not in PADDINGS:
+        raise ValueError(f"--padding must be one of {', '.join(PADDINGS)}; got {padding!r}")
+    scale, centre = _channels(std, "--std") or (1.0, 1.0, 1.0), _channels(mean, "--mean")
+    if min(scale) <= 0:
+        raise ValueError(f"--std must be above 0; got {std}")
+    data = weights.read_bytes()
+
+    from degrade import data as images
+    from degrade import published
+    from degrade.engine.process import prepare_process
+    from degrade.train import load_splits
+
+    rows, claimed = _published_log(log, columns, config, in_percent, weights_of)
+    where = data_dir or images.default_data_dir()
+    images.fetch(config.dataset, where)
+    prepare_process(os.cpu_count() or 1)
+    run = published.import_weights(
+        chosen,
+        config,
+        data,
+        published.Source(
+            file=weights.name,
+            source=source,
+            mean=centre,
+            std=scale,
+            padding=padding,
+            departures=tuple(departures or ()),
+            claimed_train_error=claimed[0] if claimed_train_error is None else claimed_train_error / 100,
+            claimed_test_error=claimed[1] if claimed_test_error is None else claimed_test_error / 100,
+        ),
+        load_splits(config, where, "cpu"),
+        key=key,
+        log=rows,
+    )
+    assert run.imported is not None  # it was written just now
+    say(f"{run.folder}: {block}-{depth}, imported")
+    table = terminal.make_table("error", ">measured here", ">claimed")
+    for what, measure in (("training, clean images", "train_error"), ("test", "test_error")):
+        errors = (run.imported[there][measure] for there in ("measured", "claimed"))
+        table.add_row(what, *map(terminal.percent, errors))
+    console.print(table)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """`lr=0.05`; the value as JSON where it is that."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise ValueError(f"--set must be FIELD=VALUE, such as steps=78125; got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _channels(text: str | None, flag: str) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        values = tuple(map(float, names(text, flag) or []))
+    except ValueError:
+        values = ()
+    if len(values) != 3 or not all(map(math.isfinite, values)):
+        raise ValueError(f"{flag} must be three numbers, a channel each, such as 0.49,0.48,0.45; got {text!r}")
+    return values
+
+
+def _published_log(
+    log: Path | None, columns: str | None, config: RunConfig, in_percent: bool, weights_of: str
+) -> tuple[list[Epoch], tuple[float | None, float | None]]:
+    """The rows of a published log, and the training and test error it has at the epoch that the weights are of."""
+    from degrade import published
+
+    if log is None:
+        return [], (None, None)
+    pairs = dict(part.partition("=")[::2] for part in names(columns, "--columns") or [])
+    try:
+        rows = published.read_log(log.read_text(), pairs, config, percent=in_percent)
+    except UnicodeDecodeError:
+        raise ValueError(f"{log} is not text") from None
+    if weights_of == "best":
+        row = min(rows, key=lambda row: (math.isnan(row.test_error), row.test_error))
+    elif weights_of == "last" or weights_of in map(str, range(1, len(rows) + 1)):
+        row = rows[-1 if weights_of == "last" else int(weights_of) - 1]
+    else:
+        raise ValueError(f"--weights-of must be last, best, or an epoch from 1 to {len(rows)}; got {weights_of!r}")
+    train, test = (None if math.isnan(error) else error for error in (row.train_error, row.test_error))
+    return rows, (train, test)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder, such as results/cifar10-paper/plain-20-s0-...")],
+    to: Annotated[
+        Path | None, typer.Option(help="A file, .pt or .safetensors.", show_default="<run id>.pt, here")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where the data are.", show_default="$DEGRADE_DATA, else ~/.cache/degrade")
+    ] = None,
+) -> None:
+    """Write a run's newest weights for others: a state dict, and a JSON file that says what the net is and takes.
+
+    Example: degrade export results/shapes-demo/plain-20-s0-4fd0c9a5 --to plain-20.safetensors
+    """
+    there = open_run(run)
+    target = to or Path(f"{there.folder.resolve().name}.pt")
+    if target.suffix not in (".pt", ".pth", ".safetensors"):
+        raise ValueError(f"--to must end in .pt, .pth or .safetensors; got {str(target)!r}")
+
+    from degrade import data as images
+    from degrade.train import load_splits
+    from degrade.weights import export_weights, load_weights
+
+    where = data_dir or images.default_data_dir()
+    images.fetch(there.config.dataset, where)
+    trained = load_weights(there, load_splits(there.config, where, "cpu").mean)
+    for path in export_weights(trained, there, target):
+        say(str(path))
+
+
+def open_run(folder: Path) -> store.Run:
+    """
+    Raises:
+        ValueError: the folder is not a run's.
+        Failure: the run is damaged.
+    """
+    if not (folder / store.CONFIG).exists():
+        raise ValueError(f"{folder} is not the folder of a run; degrade show tells which there are")
+    return store.Run.open(folder.resolve().parent.name, folder)

@@ -1,0 +1,170 @@
+"""A run's weights: found, loaded, and written for others."""
+
+import hashlib
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from degrade import commit, store
+from degrade.config import DATASETS, RunConfig
+from degrade.errors import Failure
+from degrade.nets import CifarNet, cifar_net
+from degrade.store import Run
+from degrade.train import read_state
+
+SAFETENSORS = "safetensors is not installed; pip install 'degrade[safetensors]' brings it"
+
+
+class Trained(NamedTuple):
+    """A run's net and what it takes to use it.
+
+    Args:
+        net: in eval mode.
+        config: of the run.
+        step: updates that made the weights.
+        sha256: of the file they are from.
+        mean: (3, H, W); the net takes images / 255 - mean.
+    """
+
+    net: CifarNet
+    config: RunConfig
+    step: int
+    sha256: str
+    mean: Tensor
+
+
+def recorded(run: Run) -> list[tuple[int, Path]]:
+    """The files with weights of this run, each with its step, the oldest first; none where there are none."""
+    found = [(int(path.name.partition("-")[0]), path) for path in commit.checkpoints(run.folder / store.CHECKPOINTS)]
+    if (run.folder / store.WEIGHTS).exists():
+        found.append((run.config.steps, run.folder / store.WEIGHTS))
+    return sorted(found)
+
+
+def load_weights(run: Run, mean: Tensor, path: Path | None = None) -> Trained:
+    """The net of a run, in eval mode, on the device of `mean`.
+
+    Args:
+        run: trained here, or imported.
+        mean: per-pixel mean of the run's training images, (3, H, W). An imported net may have been given another.
+        path: one of `recorded`; otherwise the newest that is sound.
+
+    Raises:
+        Failure: it has no weights, or they are damaged or another net's.
+    """
+    paths = [path] if path else [there for _, there in reversed(recorded(run))]
+    if not paths:
+        raise Failure(f"{run.folder} has no weights ({run.status}): no checkpoint and no {store.WEIGHTS}")
+    problems = []
+    for there in paths:
+        try:
+            return _load(run, mean, there)
+        except (OSError, ValueError) as error:
+            problems.append(f"{there}: {error.strerror if isinstance(error, OSError) else error}")
+    raise Failure(problems[0])
+
+
+def _load(run: Run, mean: Tensor, path: Path) -> Trained:
+    if path.name == store.WEIGHTS:
+        data = path.read_bytes()
+        tensors, step, sha256 = read_tensors(data), run.config.steps, hashlib.sha256(data).hexdigest()
+        if run.imported and run.imported.get("weights") != sha256:
+            raise ValueError("its bytes are not those that were imported; import them again")
+    else:
+        state = read_state(commit.read_checkpoint(path))
+        if state.config != run.config:
+            raise ValueError(f"it is of {state.config.run_id}, not of {run.config.run_id}")
+        tensors, step, sha256 = state.net, state.step, path.stem.rpartition("-")[2]
+    net = make_net(run.config)
+    there = {name: (tuple(t.shape), t.is_floating_point()) for name, t in tensors.items()}
+    mine = {name: (tuple(t.shape), t.is_floating_point()) for name, t in net.state_dict().items()}
+    if there != mine:
+        raise ValueError(f"its tensors are not those of {run.config.block}-{run.config.depth}")
+    net.load_state_dict(tensors)
+    if run.imported and run.imported["input"]["mean"]:
+        mean = torch.tensor(run.imported["input"]["mean"], device=mean.device).view(3, 1, 1).expand_as(mean)
+    net.to(mean.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Trained(net.eval(), run.config, step, sha256, mean)
+
+
+def make_net(config: RunConfig) -> CifarNet:
+    """The net of a configuration, as `Training` makes it."""
+    net = cifar_net(
+        config.depth,
+        config.block,
+        width=config.width,
+        shortcut=config.shortcut,
+        num_classes=DATASETS[config.dataset].num_classes,
+    )
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_batches_tracked = None
+    return net
+
+
+def read_tensors(data: bytes) -> Any:
+    """What a file of PyTorch's or of safetensors' holds. None of it is executed.
+
+    Raises:
+        ValueError: it is neither, or holds more than tensors and plain values.
+    """
+    if data[8:9] == b"{" and not zipfile.is_zipfile(io.BytesIO(data)):
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load
+        except ImportError:
+            raise ValueError(SAFETENSORS) from None
+        try:
+            return load(data)
+        except SafetensorError as error:
+            raise ValueError(f"it is not a file of weights ({error})") from None
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # of the unpickler, and of whatever else it may be instead
+        why = "it holds code, which is not run: save its state dict instead" if "weights_only" in str(error) else ""
+        reason = why or f"{type(error).__name__}"
+        raise ValueError(f"it is not a file of weights ({reason})") from None
+
+
+def export_weights(trained: Trained, run: Run, target: Path) -> list[Path]:
+    """Write the net's state dict to `target`, and beside it `<target>.json`: what the net is, and what it takes.
+
+    Returns:
+        The two files.
+
+    Raises:
+        Failure: one of them is there already, or safetensors is wanted and not installed.
+    """
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in trained.net.state_dict().items()}
+    about = {
+        "run": run.folder.resolve().name,
+        "config": trained.config.as_dict(),
+        "step": trained.step,
+        "train_error": run.epochs[-1].train_error if run.epochs else None,
+        "test_error": run.epochs[-1].test_error if run.epochs else None,
+        "imported": run.imported,
+        "input": "RGB images, pixels / 255 - mean",
+        "mean": trained.mean.tolist(),
+    }
+    if target.suffix == ".safetensors":
+        try:
+            from safetensors.torch import save
+        except ImportError:
+            raise Failure(SAFETENSORS) from None
+        data = save(tensors)
+    else:
+        file = io.BytesIO()
+        torch.save(tensors, file)
+        data = file.getvalue()
+    beside = target.with_name(f"{target.name}.json")
+    for path in (target, beside):
+        if path.exists():
+            raise Failure(f"{path} is there already, and stays as it is")
+    commit.write_file(beside, (json.dumps(about) + "\n").encode())
+    commit.write_file(target, data)
+    return [target, beside]
