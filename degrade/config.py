@@ -66,6 +66,8 @@ class RunConfig:
         val_images: how many of the training images are held out for validation, likewise.
         test_images: how many test images, likewise; None for all.
         split_seed: of the choice of training, validation and test images; the same for every seed.
+        input_mean: of pixels / 255, a number each for red, green and blue, subtracted from the input; none of them
+            for the paper's per-pixel mean of the training images.
         steps: updates.
         batch_size: images per update.
         lr: learning rate; divided by 10 at each milestone.
@@ -94,6 +96,7 @@ class RunConfig:
     val_images: int = 0
     test_images: int | None = None
     split_seed: int = 0
+    input_mean: tuple[float, ...] = ()
     steps: int = 64_000
     batch_size: int = 128
     lr: float = 0.1
@@ -148,6 +151,8 @@ class RunConfig:
             raise ValueError(
                 f"test_images must be at most the {known.test_images} of {self.dataset}; got {self.test_images}"
             )
+        if len(self.input_mean) not in (0, 3) or not all(map(math.isfinite, self.input_mean)):
+            raise ValueError(f"input_mean must be three numbers, such as 0.49,0.48,0.45; got {list(self.input_mean)}")
         if self.momentum >= 1:
             raise ValueError(f"momentum must be below 1; got {self.momentum}")
         if list(self.milestones) != sorted(set(self.milestones)) or (self.milestones and self.milestones[0] < 0):
@@ -190,7 +195,7 @@ class RunConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Every field, as JSON knows it."""
-        return asdict(self) | {"milestones": list(self.milestones)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -232,8 +237,10 @@ def typed(name: str, value: Any) -> Any:
         return value
     if kind in (int, int | None) and isinstance(value, int) and not isinstance(value, bool):
         return value
-    if name == "milestones" and isinstance(value, list | tuple) and all(type(v) is int for v in value):
+    if kind == tuple[int, ...] and isinstance(value, list | tuple) and all(type(v) is int for v in value):
         return tuple(value)
+    if kind == tuple[float, ...] and isinstance(value, list | tuple) and all(type(v) in (int, float) for v in value):
+        return tuple(map(float, value))
     words = {float: "a number", str: "text", int: "a whole number", int | None: "a whole number"}
     wanted = words.get(kind, "a list of whole numbers")
     raise ValueError(f"{name} must be {wanted}; got {value!r}")
@@ -316,9 +323,11 @@ def spelt(value: Any) -> str:
 
 
 def matches_protocol(shared: Mapping[str, Any], protocol: str) -> bool:
-    """Whether a study's shared fields are exactly the protocol's, whatever the data set and precision."""
+    """Whether a study's shared fields are exactly the protocol's, whatever the data set, the precision and what is
+    subtracted from the input.
+    """
     if protocol not in PROTOCOLS:
         return False
-    free = {"dataset", "precision"}
+    free = {"dataset", "precision", "input_mean"}
     reference = RunConfig(block="plain", depth=20, seed=0, **PROTOCOLS[protocol]).shared()
     return all(shared.get(name) == value for name, value in reference.items() if name not in free)

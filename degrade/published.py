@@ -263,8 +263,7 @@ class Source(NamedTuple):
     Args:
         file: their file's name.
         source: where it is from, and under which licence.
-        mean: of the input, a channel each (of pixels / 255); None for the per-pixel mean of the training images.
-        std: likewise; 1 where the input was divided by nothing.
+        std: of the input, a channel each, of pixels / 255; 1 where it was divided by nothing.
         padding: where option A put the zero channels, of `config.PADDINGS`.
         departures: from the protocol of the configuration, a line each.
         claimed_train_error, claimed_test_error: fractions; None where nothing is claimed.
@@ -272,7 +271,6 @@ class Source(NamedTuple):
 
     file: str
     source: str
-    mean: tuple[float, ...] | None
     std: tuple[float, ...]
     padding: str
     departures: tuple[str, ...]
@@ -301,12 +299,9 @@ def import_weights(
         Failure: the run is there already.
     """
     net = fit(config, state_dict(read_tensors(data), key), std=source.std, padding=source.padding)
-    mean = splits.mean
-    if source.mean:
-        mean = torch.tensor(source.mean).view(3, 1, 1).expand_as(mean)
     net.to(memory_format=torch.channels_last)
-    train_loss, train_error = _measure(net, splits.train, mean)
-    test_loss, test_error = _measure(net, splits.test, mean)
+    train_loss, train_error = _measure(net, splits.train, splits.mean)
+    test_loss, test_error = _measure(net, splits.test, splits.mean)
     last = Epoch(
         epoch=config.epochs,
         step=config.steps,
@@ -325,7 +320,7 @@ def import_weights(
         "sha256": hashlib.sha256(data).hexdigest(),
         "source": source.source,
         "departures": list(source.departures),
-        "input": {"mean": source.mean, "std": source.std},
+        "std": source.std,
         "padding": source.padding,
         "claimed": {"train_error": source.claimed_train_error, "test_error": source.claimed_test_error},
         "measured": {"train_error": train_error, "test_error": test_error},

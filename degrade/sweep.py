@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from degrade import commit, store
-from degrade.config import RunConfig
+from degrade.config import INITS, RunConfig
 from degrade.engine.compiled import why_not
 from degrade.engine.process import prepare_process
 from degrade.errors import Failure
@@ -397,6 +397,8 @@ def _restore(training: Training, run: Run) -> list[str]:
             notes.append(f"{store.LOG} was damaged, and is written anew")
         _write_log(run.folder, training.config, training.epochs)
         return [*notes, f"going on from step {training.step}"] if notes else []
+    if run.config.init not in INITS:
+        raise Failure(f"{run.folder} has lost its initial weights; delete it, and degrade identity makes it again")
     if run.problem:
         raise Failure(f"{run.problem.rpartition('; ')[0]}; restore it, or delete it and a sweep trains the run again")
     if run.epochs and not notes:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from degrade.config import RunConfig
+from degrade.config import INITS, RunConfig
 from degrade.data import Splits, fetch, load
 from degrade.data.plan import Batch, SamplePlan, augment, normalise
 from degrade.engine.compiled import compile_modules
@@ -31,8 +31,11 @@ def train(config: RunConfig, *, data_dir: Path | None = None, device: str = "cpu
     """Train one net and yield a row of its log at the end of each epoch. Nothing is written but a data set fetched.
 
     Raises:
+        ValueError: its initial weights are another run's, which only a sweep finds.
         Failure: the data set is missing or damaged and cannot be had.
     """
+    if config.init not in INITS:
+        raise ValueError(f"init is {config.init}: degrade identity makes such a run, and a sweep trains it")
     fetch(config.dataset, data_dir)
     training = Training(config, load_splits(config, data_dir, device), device)
     return (epoch for epoch in training if epoch)
@@ -46,6 +49,7 @@ def load_splits(config: RunConfig, data_dir: Path | None, device: torch.device |
         val_images=config.val_images,
         test_images=config.test_images,
         split_seed=config.split_seed,
+        input_mean=config.input_mean,
         data_dir=data_dir,
         device=device,
     )

@@ -51,7 +51,7 @@ def load_weights(run: Run, mean: Tensor, path: Path | None = None) -> Trained:
 
     Args:
         run: trained here, or imported.
-        mean: per-pixel mean of the run's training images, (3, H, W). An imported net may have been given another.
+        mean: (3, H, W), as `load_splits` gives it for the run's configuration.
         path: one of `recorded`; otherwise the newest that is sound.
 
     Raises:
@@ -86,8 +86,6 @@ def _load(run: Run, mean: Tensor, path: Path) -> Trained:
     if there != mine:
         raise ValueError(f"its tensors are not those of {run.config.block}-{run.config.depth}")
     net.load_state_dict(tensors)
-    if run.imported and run.imported["input"]["mean"]:
-        mean = torch.tensor(run.imported["input"]["mean"], device=mean.device).view(3, 1, 1).expand_as(mean)
     net.to(mean.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Trained(net.eval(), run.config, step, sha256, mean)
 

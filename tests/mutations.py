@@ -330,7 +330,7 @@ MUTATIONS = [
         "a dry run writes",
         "degrade/cli/sweep.py",
         "    if dry_run:\n        return\n",
-        "    if dry_run:\n        chosen.create(configs)\n        return\n",
+        "    if dry_run:\n        for plan in plans:\n            plan.study.create(plan.configs)\n        return\n",
         LINES,
     ),
     Mutation(

@@ -20,3 +20,28 @@ def test_every_number_has_its_source():
     there = {"plain": "arXiv:1512.03385", "residual": "arXiv:1512.03385", "preact": "arXiv:1603.05027"}
     assert all(there[p.block] in p.source for p in paper.CIFAR10)
     assert paper.STEPS == 64_000
+
+
+def test_the_public_reproductions():
+    """Their own logs' numbers, in percent: training / test. Every repository with each of its nets once."""
+    by = {}
+    for p in paper.REPRODUCTIONS:
+        own = by.setdefault(p.source.split("/")[1], {})
+        assert (p.block, p.depth) not in own
+        own[p.block, p.depth] = tuple(e if e is None else round(100 * e, 2) for e in (p.train_error, p.test_error))
+    assert {source: len(own) for source, own in by.items()} == {
+        "a-martyn": 8,
+        "wooyeolBaek": 9,
+        "nabla0001": 5,
+        "akamaster": 5,
+    }
+    assert by["a-martyn"]["plain", 56] == (3.33, 13.07)
+    assert by["wooyeolBaek"]["residual", 110] == (0.05, 6.95)
+    assert by["nabla0001"]["plain", 56] == (None, 12.95)
+    assert by["akamaster"]["residual", 56] == (None, 6.61)
+    assert all("best on test, 200 epochs" in p.source for p in paper.REPRODUCTIONS if "akamaster" in p.source)
+
+
+def test_the_reproductions_are_fractions():
+    for p in paper.REPRODUCTIONS:
+        assert 0 <= (p.train_error or 0) < p.test_error < 0.15

@@ -90,8 +90,7 @@ def _make_identity(block: Block, statistics: Statistics | None) -> None:
         for convolution, norm in ((block.conv1, block.bn1), (block.conv2, block.bn2)):
             _pass_through(convolution, norm, statistics)
     if isinstance(block.shortcut, nn.Sequential):  # option C
-        convolution, norm = block.shortcut.children()
-        _pass_through(convolution, norm, statistics)  # type: ignore[arg-type]
+        _pass_through(block.shortcut[0], block.shortcut[1], statistics)  # type: ignore[arg-type]
 
 
 def _pass_through(convolution: nn.Conv2d, norm: nn.BatchNorm2d, statistics: Statistics | None) -> None:

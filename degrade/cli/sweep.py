@@ -1,10 +1,12 @@
 """`degrade sweep`"""
 
+import math
 import re
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -24,15 +26,47 @@ from degrade.cli.app import (
     say,
     say_errors,
 )
-from degrade.config import BLOCKS, INITS, PROTOCOLS, RunConfig, overridden, protocol_fields, study_name
+from degrade.config import (
+    BLOCKS,
+    INITS,
+    PROTOCOLS,
+    SWEPT,
+    TYPES,
+    RunConfig,
+    name_parts,
+    overridden,
+    protocol_fields,
+    study_name,
+    typed,
+)
 from degrade.stopping import stopping
 
 if TYPE_CHECKING:
     from degrade.sweep import Machine
 
 LONG = 12 * 3600  # seconds, from which on a shorter protocol is pointed out
+MAX_STUDIES = 100
 FIELDS = "Fields of the protocol, each of which can be overridden"
-SWEEP_FIELDS = ("depths", "blocks", "seeds", "dataset", "protocol", "study")
+SWEEP_FIELDS = ("depths", "blocks", "seeds", "dataset", "protocol", "study", "grid")
+
+
+class Asked(NamedTuple):
+    """One study of what is asked for: one point of the grid."""
+
+    name: str
+    dataset: str
+    protocol: str
+    fields: dict[str, Any]  # that differ from the protocol's, or are said all the same
+
+
+class Plan(NamedTuple):
+    """What there is to do in one study."""
+
+    study: store.Study
+    configs: list[RunConfig]
+    runs: list[store.Run]
+    todo: list[store.Run]
+    machine: "Machine"
 
 
 def _whole(text: str) -> int:
@@ -80,6 +114,10 @@ def sweep(
     compiled: Annotated[str, typer.Option("--compile", help="on, off, or auto: the long runs.")] = "auto",
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Resume failed runs too.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=VALUES", help="A study for each value: lr=0.1,0.05. Several: all combinations."),
+    ] = None,
     steps: Annotated[int | None, _field(_whole, "Updates; milestones move to half and 3/4.")] = None,
     batch_size: Annotated[int | None, _field(_whole, "Images an update.")] = None,
     lr: Annotated[float | None, _field(_real, "Learning rate.")] = None,
@@ -102,6 +140,8 @@ def sweep(
     ] = None,
 ) -> None:
     """Train a grid of nets: every depth, block and seed. The same command again goes on where it stopped.
+
+    With --grid lr=0.1,0.05 it does so for each value of a field of the protocol, in a study of its own.
 
     Example: degrade sweep --depths 20,56 --blocks plain,residual
     """
@@ -131,44 +171,187 @@ def sweep(
         "split_seed": split_seed,
         "precision": precision,
     }
-    wanted = _read_spec(spec) | {name: value for name, value in flags.items() if value is not None}
-    grid = {
+    wanted, axes = _wanted(spec, {name: value for name, value in flags.items() if value is not None}, grid or [])
+    nets = {
         "depth": distinct(wanted.pop("depths", None), "depths", int),
         "block": distinct(wanted.pop("blocks", ["plain", "residual"]), "blocks", str),
         "seed": distinct(wanted.pop("seeds", [0]), "seeds", int),
     }
-    dataset, protocol = str(wanted.pop("dataset", "cifar10")), str(wanted.pop("protocol", "paper"))
-    study = wanted.pop("study", None)
-    configs_of(grid, dataset, protocol_fields(protocol, wanted))  # bad input is told before torch is imported
+    studies = _studies(wanted, axes)
+    for asked in studies:  # bad input is told before torch is imported
+        configs_of(nets, asked.dataset, protocol_fields(asked.protocol, asked.fields))
+        _study_folder(out, asked.name)
 
     from degrade import sweep as engine
 
     device = engine.resolve_device(device)
-    name = study if study is not None else study_name(dataset, protocol, overridden(protocol, wanted))
-    folder = _study_folder(out, name)
-    there = store.Study.open(folder) if (folder / store.STUDY).exists() else None
-    wanted.setdefault("precision", there.shared["precision"] if there else engine.default_precision(device))
-    configs = configs_of(grid, dataset, protocol_fields(protocol, wanted))
-    check_precision(configs[0].precision, device)
-    chosen = there or store.Study(folder, folder.name, protocol, configs[0].shared())
-    chosen.check(configs)
-    runs = engine.find_runs(chosen, configs)
-    passed_over = [*store.FINISHED, *([] if retry_failed else ["failed"])]
-    todo = [run for run in runs if run.status not in passed_over]
-    machine = machine_of(device, configs if todo else [], jobs, threads, pack, compiled)
-
-    from degrade import bench
-
-    seconds = bench.estimate([run.config for run in todo], machine) if todo else {}
-    _print_plan(folder, runs, seconds, machine)
+    plans = []
+    for asked in studies:
+        chosen, configs = _open(_study_folder(out, asked.name), asked, nets, device)
+        runs = engine.find_runs(chosen, configs)
+        passed_over = [*store.FINISHED, *([] if retry_failed else ["failed"])]
+        todo = [run for run in runs if run.status not in passed_over]
+        machine = machine_of(device, configs if todo else [], jobs, threads, pack, compiled)
+        compiled = machine.compiled  # if that does not work here, it is said once
+        plans.append(Plan(chosen, configs, runs, todo, machine))
+    seconds = _estimate(plans)
+    _print_plans(plans, seconds)
     if dry_run:
         return
-    if todo:
-        _train(chosen, todo, machine, data_dir, seconds)
-    runs = engine.find_runs(chosen, configs)
-    console.print(terminal.runs_table(runs))
-    say_errors(runs)
+    for plan in plans:
+        if plan.todo:
+            _train(plan, data_dir, seconds)
+    _print_results([plan._replace(runs=engine.find_runs(plan.study, plan.configs)) for plan in plans], out)
+
+
+def _wanted(
+    spec: Path | None, flags: dict[str, Any], grid: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """What is asked for, and the values of each field of the grid. Flags win over the file, field by field."""
+    there = _read_spec(spec)
+    there_axes, axes = there.pop("grid", {}), _grid_flags(grid)
+    for values, of in ((there, there_axes), (flags, axes)):
+        if both := sorted(set(values) & set(of)):
+            raise ValueError(f"{both[0]} is in the grid and has a value besides; choose one of them")
+    wanted = {name: value for name, value in there.items() if name not in axes} | flags
+    return wanted, {name: values for name, values in there_axes.items() if name not in flags} | axes
+
+
+def _grid_flags(grid: Sequence[str]) -> dict[str, list[Any]]:
+    axes: dict[str, list[Any]] = {}
+    for text in grid:
+        name, equals, values = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise ValueError(f"--grid must be a field and its values, such as lr=0.1,0.05; got {text!r}")
+        if name == "milestones":
+            raise ValueError("--grid cannot have milestones, which are lists themselves; put them into a TOML file")
+        if name in axes:
+            raise ValueError(f"--grid has {name} twice; name all of its values in one")
+        axes[name] = _axis(name, [_number(value, TYPES.get(name)) for value in names(values, f"--grid {name}") or []])
+    return axes
+
+
+def _number(text: str, kind: Any) -> Any:
+    """The number that `text` is, where the field wants one; what is none is refused with the field's own words."""
+    if kind is float:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    return int(text) if kind is not str and re.fullmatch(r"-?[0-9]{1,18}", text) else text
+
+
+def _axis(name: str, values: Any) -> list[Any]:
+    """The values of one field of the grid, as its own type."""
+    allowed = [field for field in TYPES if field not in SWEPT]
+    if name.removesuffix("s") in SWEPT:
+        raise ValueError(f"{name} cannot be in a grid, since one study holds several: --{name.removesuffix('s')}s")
+    if name not in allowed:
+        raise ValueError(f"a grid is over fields of the protocol ({', '.join(allowed)}); got {name!r}")
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"the grid's {name} must be a list of values, not empty; got {values!r}")
+    axis = [typed(name, value) for value in values]
+    if twice := [value for i, value in enumerate(axis) if value in axis[:i]]:
+        raise ValueError(f"the grid's {name} must be distinct values; got {twice[0]} twice")
+    return axis
+
+
+def _studies(wanted: dict[str, Any], axes: Mapping[str, list[Any]]) -> list[Asked]:
+    """A study for each point of the grid; one where there is none."""
+    if (size := math.prod(map(len, axes.values()))) > MAX_STUDIES:
+        raise ValueError(f"a grid must make at most {MAX_STUDIES} studies; got {size:,}")
+    studies = []
+    for values in product(*axes.values()):
+        point = dict(zip(axes, values, strict=True))
+        fields = {"dataset": "cifar10", "protocol": "paper", "study": None} | wanted | point
+        dataset, protocol, name = str(fields.pop("dataset")), str(fields.pop("protocol")), fields.pop("study")
+        if name is None:
+            name = study_name(dataset, protocol, overridden(protocol, fields))
+        else:
+            name = "-".join([name, *name_parts(point)])
+        studies.append(Asked(name, dataset, protocol, fields))
+    return studies
+
+
+def _open(folder: Path, asked: Asked, nets: dict[str, list[Any]], device: str) -> tuple[store.Study, list[RunConfig]]:
+    """The study, be it there or not yet, and the configurations of the runs asked for.
+
+    Raises:
+        ValueError: the study that is there has another protocol.
+    """
+    from degrade.sweep import default_precision
+
+    there = store.Study.open(folder) if (folder / store.STUDY).exists() else None
+    precision = there.shared["precision"] if there else default_precision(device)
+    configs = configs_of(nets, asked.dataset, protocol_fields(asked.protocol, {"precision": precision} | asked.fields))
+    check_precision(configs[0].precision, device)
+    study = there or store.Study(folder, folder.name, asked.protocol, configs[0].shared())
+    study.check(configs)
+    return study, configs
+
+
+def _estimate(plans: Sequence[Plan]) -> dict[str, float]:
+    """Seconds each whole run to train will take, by run id. What trains alike is timed once."""
+    from degrade import bench
+
+    alike: dict[Any, list[RunConfig]] = {}
+    for plan in plans:
+        for config in (run.config for run in plan.todo):
+            key = plan.machine, config.width, config.shortcut, config.batch_size, config.precision
+            alike.setdefault(key, []).append(config)
+    seconds: dict[str, float] = {}
+    for (machine, *_), configs in alike.items():
+        seconds |= bench.estimate(configs, machine)
+    return seconds
+
+
+def _print_plans(plans: Sequence[Plan], seconds: dict[str, float]) -> None:
+    """The run table of each study and about how long all will take; `seconds` as `_estimate` gives it."""
+    from degrade import bench
+
+    total, steps = 0.0, 1
+    for plan in plans:
+        left = {
+            run.config.run_id: seconds[run.config.run_id] * (1 - run.record()["step"] / run.config.steps)
+            for run in plan.runs
+            if run.config.run_id in seconds and run.status != "running"
+        }
+        say(f"Study {plan.study.folder}: {count(len(plan.runs), 'run')}, {len(left)} to train")
+        console.print(terminal.plan_table(plan.runs, left))
+        if left:
+            wall = bench.makespan(list(left.values()), plan.machine.jobs)  # packing shares one GPU: it gains, how much?
+            say(f"About {terminal.duration(wall)} on this machine: {how(plan.machine)}")
+            total, steps = total + wall, max(steps, plan.configs[0].steps)
+    if len(plans) > 1 and total:
+        say(f"In all about {terminal.duration(total)}, the {len(plans)} studies one after the other")
+    short = PROTOCOLS["short"]["steps"] / steps
+    if total > LONG and short < 1:
+        say(f"Too long? --protocol short takes about {terminal.duration(total * short)}")
+
+
+def _train(plan: Plan, data_dir: Path | None, seconds: dict[str, float]) -> None:
+    """Fetch the data and train, shown live."""
+    from degrade import data
+    from degrade.sweep import sweep as events
+
+    folder = data_dir or data.default_data_dir()
+    data.fetch(str(plan.study.shared["dataset"]), folder)
+    with terminal.SweepView(console, plan.todo, seconds, plan.machine.jobs * plan.machine.pack) as view:
+        for run, event in events(plan.study, plan.todo, plan.machine, folder):
+            view.show(run, event)
+
+
+def _print_results(plans: Sequence[Plan], out: Path) -> None:
+    """The table of each study's runs. Ends the program with exit code 1 where some are not done."""
+    for plan in plans:
+        if len(plans) > 1:
+            say(f"Study {plan.study.folder}")
+        console.print(terminal.runs_table(plan.runs))
+        say_errors(plan.runs)
+    runs = [run for plan in plans for run in plan.runs]
     if any(run.epochs for run in runs):
+        folder = out if len(plans) > 1 else plans[0].study.folder
         say(f"Next: degrade plot {folder}; degrade verdict {folder}")
     if unfinished := [run for run in runs if run.status != "done"]:
         states = {run.status for run in unfinished}
@@ -181,56 +364,29 @@ def sweep(
         leave(f"{len(unfinished)} of {count(len(runs), 'run')} not done ({', '.join(sorted(states))}){then}", 1)
 
 
-def _print_plan(folder: Path, runs: Sequence[store.Run], seconds: dict[str, float], machine: "Machine") -> None:
-    """The run table and about how long it will take, for runs whose whole duration is in `seconds`."""
-    from degrade import bench
-
-    left = {
-        run.config.run_id: seconds[run.config.run_id] * (1 - run.record()["step"] / run.config.steps)
-        for run in runs
-        if run.config.run_id in seconds and run.status != "running"
-    }
-    say(f"Study {folder}: {count(len(runs), 'run')}, {len(left)} to train")
-    console.print(terminal.plan_table(runs, left))
-    if not left:
-        return
-    wall = bench.makespan(list(left.values()), machine.jobs)  # packing shares one GPU: it gains, but how much?
-    say(f"About {terminal.duration(wall)} on this machine: {how(machine)}")
-    short = PROTOCOLS["short"]["steps"] / runs[0].config.steps
-    if wall > LONG and short < 1:
-        say(f"Too long? --protocol short takes about {terminal.duration(wall * short)}")
-
-
-def _train(
-    study: store.Study, todo: Sequence[store.Run], machine: "Machine", data_dir: Path | None, seconds: dict[str, float]
-) -> None:
-    """Fetch the data and train, shown live."""
-    from degrade import data
-    from degrade.sweep import sweep as events
-
-    folder = data_dir or data.default_data_dir()
-    data.fetch(str(study.shared["dataset"]), folder)
-    with terminal.SweepView(console, todo, seconds, machine.jobs * machine.pack) as view:
-        for run, event in events(study, todo, machine, folder):
-            view.show(run, event)
-
-
 def _read_spec(spec: Path | None) -> dict[str, Any]:
     if spec is None:
         return {}
     if not spec.is_file():
         raise ValueError(f"{spec} is not a file; name a TOML file, or separate lists by commas: --depths 20,56")
     try:
-        values = {key.replace("-", "_"): value for key, value in tomllib.loads(spec.read_text()).items()}
+        values = _underscored(tomllib.loads(spec.read_text()))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{spec}: {error}") from None
-    known = list(dict.fromkeys([*SWEEP_FIELDS, *RunConfig(block="plain", depth=20, seed=0).shared()]))
+    known = list(dict.fromkeys([*SWEEP_FIELDS, *(field for field in TYPES if field not in SWEPT)]))
     if unknown := [name for name in values if name not in known]:
         raise ValueError(f"{spec}: {unknown[0]} is not a setting; the settings are {', '.join(known)}")
     for name in ("dataset", "protocol", "study"):
         if not isinstance(values.get(name, ""), str):
             raise ValueError(f"{spec}: {name} must be a string; got {values[name]!r}")
-    return values
+    grid = values.get("grid", {})
+    if not isinstance(grid, dict):
+        raise ValueError(f"{spec}: grid must be a table of fields and their values; got {grid!r}")
+    return values | {"grid": {name: _axis(name, axis) for name, axis in _underscored(grid).items()}}
+
+
+def _underscored(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.replace("-", "_"): value for name, value in values.items()}
 
 
 def _study_folder(out: Path, name: str) -> Path:

@@ -52,10 +52,13 @@ def import_(
     Example: degrade import resnet20.pth --block residual --depth 20 --source "github.com/o/r, MIT" --mean .49,.48,.45
     """
     overrides = dict(_assignment(text) for text in fields or [])
-    if swept := sorted({"block", "depth", "seed", "dataset"} & set(overrides)):
-        raise ValueError(f"--set {swept[0]}: there is --{swept[0]} for that")
-    shared = protocol_fields(protocol, overrides)
-    config = RunConfig.from_dict(shared | {"block": block, "depth": depth, "seed": seed, "dataset": dataset})
+    centre, scale = _channels(mean, "--mean"), _channels(std, "--std") or (1.0, 1.0, 1.0)
+    if min(scale) <= 0:
+        raise ValueError(f"--std must be above 0; got {std}")
+    if swept := sorted({"block", "depth", "seed", "dataset", "input_mean"} & set(overrides)):
+        raise ValueError(f"--set {swept[0]}: there is --{swept[0].removeprefix('input_')} for that")
+    shared = protocol_fields(protocol, overrides) | {"dataset": dataset, "input_mean": centre or ()}
+    config = RunConfig.from_dict(shared | {"block": block, "depth": depth, "seed": seed})
     name = study if study is not None else f"imported-{study_name(dataset, protocol, overridden(protocol, overrides))}"
     folder = study_folder(out, name)
     there = store.Study.open(folder) if (folder / store.STUDY).exists() else None
@@ -67,9 +70,6 @@ def import_(
         leave(f"{folder / config.run_id} is there already, and stays as it is; --seed or --study gives another", 1)
     if padding not in PADDINGS:
         raise ValueError(f"--padding must be one of {', '.join(PADDINGS)}; got {padding!r}")
-    scale, centre = _channels(std, "--std") or (1.0, 1.0, 1.0), _channels(mean, "--mean")
-    if min(scale) <= 0:
-        raise ValueError(f"--std must be above 0; got {std}")
     data = weights.read_bytes()
 
     from degrade import data as images
@@ -88,7 +88,6 @@ def import_(
         published.Source(
             file=weights.name,
             source=source,
-            mean=centre,
             std=scale,
             padding=padding,
             departures=tuple(departures or ()),

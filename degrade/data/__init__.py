@@ -44,7 +44,8 @@ class Splits:
 
     Args:
         train, val, test: val has no images unless a validation split was asked for.
-        mean: per-pixel mean of the training images, divided by 255, float (3, H, W).
+        mean: what is subtracted from the input: the per-pixel mean of the training images, divided by 255, or
+            the `input_mean` asked for; float (3, H, W).
         num_classes: how many labels there are.
     """
 
@@ -87,6 +88,7 @@ def load(
     val_images: int = 0,
     test_images: int | None = None,
     split_seed: int = 0,
+    input_mean: tuple[float, ...] = (),
     data_dir: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> Splits:
@@ -108,10 +110,17 @@ def load(
         train = train.take(stratified(train.labels, train_images, split_seed))
     if test_images is not None:
         test = test.take(stratified(test.labels, test_images, split_seed))
-    parts = torch.split(train.images, 1000)  # as int64, which is exact, all at once would take a gigabyte
-    total = torch.stack([part.sum(0, dtype=torch.int64) for part in parts]).sum(0)
-    mean = (total.double() / (255 * len(train))).float()
+    mean = pixel_mean(train.images)
+    if input_mean:
+        mean = torch.tensor(input_mean).view(-1, 1, 1).expand_as(mean).contiguous()
     return Splits(train.to(device), val.to(device), test.to(device), mean.to(device), num_classes)
+
+
+def pixel_mean(images: Tensor) -> Tensor:
+    """Per-pixel mean of uint8 images (N, 3, H, W), divided by 255, float (3, H, W)."""
+    parts = torch.split(images, 1000)  # as int64, which is exact, all at once would take a gigabyte
+    total = torch.stack([part.sum(0, dtype=torch.int64) for part in parts]).sum(0)
+    return (total.double() / (255 * len(images))).float()
 
 
 def fetch(dataset: str, data_dir: Path | None = None) -> None:
