@@ -1,0 +1,152 @@
+"""How a study's protocol departs from the published one, field by field. Imports no torch.
+
+The published protocol is section 4.2 of He et al. 2015 (arXiv:1512.03385): the defaults of `RunConfig`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from degrade import paper
+from degrade.config import DATASETS
+
+
+class Departure(NamedTuple):
+    """One difference from the published protocol, or one choice it leaves open.
+
+    Args:
+        field: what it is about.
+        published: what the paper says of it; empty where an imported run's own list does not say.
+        here: what is done here.
+        kind: "explicit", where something published is done otherwise; or "assumed", where it leaves a choice open.
+    """
+
+    field: str
+    published: str
+    here: str
+    kind: str
+
+
+# Fields that name a run of the study, or which images a subset holds: not part of any published protocol.
+NOT_PROTOCOL = ("block", "depth", "seed", "split_seed")
+
+# Fields whose published value is open: they change the text of an assumed choice.
+OPEN = ("val_images", "decay")
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _images(value: Any) -> str:
+    return "all" if value is None else f"{value:,} of them"
+
+
+def _mean(value: Any) -> str:
+    return f"one of each colour: {', '.join(map(str, value))}" if value else "of each pixel, over the training images"
+
+
+def _steps(value: Any) -> str:
+    return " and ".join(f"{step:,}" for step in value) or "never"
+
+
+def _init(value: Any) -> str:
+    if str(value).startswith("identity:"):
+        return f"copied from {str(value).split(':')[1]}, the extra layers set to identity"
+    return {"he": "He's", "zero-gamma": "He's, with 0 for the scale of each residual block's last BN"}[str(value)]
+
+
+def _shortcut(value: Any) -> str:
+    where = {"A": "identity, zero padded", "B": "projections where the shape changes", "C": "projections everywhere"}
+    return f"{value}: {where[value]}"
+
+
+def _precision(value: Any) -> str:
+    return f"{value}{' (convolutions, on GPUs)' if value == 'tf32' else ''}"
+
+
+# field: what it is called, its published value, and how either is said
+PUBLISHED: dict[str, tuple[str, Any, Callable[[Any], str]]] = {
+    "dataset": ("data set", "cifar10", str),
+    "width": ("channels of the first stage", 16, _number),
+    "shortcut": ("shortcuts", "A", _shortcut),
+    "init": ("initial weights", "he", _init),
+    "train_images": ("training images", None, _images),
+    "test_images": ("test images", None, _images),
+    "input_mean": ("mean subtracted from the input", [], _mean),
+    "steps": ("steps", paper.STEPS, _number),
+    "batch_size": ("batch size", 128, _number),
+    "lr": ("learning rate", 0.1, _number),
+    "milestones": ("learning rate divided by 10 at steps", [32_000, 48_000], _steps),
+    "warmup_depth": ("nets that warm up, layers at least", 110, _number),
+    "warmup_lr": ("learning rate of the warm-up", 0.01, _number),
+    "warmup_steps": ("steps of the warm-up", 400, _number),
+    "momentum": ("momentum", 0.9, _number),
+    "weight_decay": ("weight decay", 1e-4, _number),
+    "precision": ("precision", "fp32", _precision),
+}
+
+
+def departures(shared: Mapping[str, Any], imported: Mapping[str, Any] | None = None) -> list[Departure]:
+    """Where a study departs from the published protocol, and what it does where that leaves a choice open.
+
+    Args:
+        shared: the fields that all its runs have in common, as `RunConfig.shared` gives them; more do no harm.
+        imported: the imported.json of a run whose weights come from elsewhere. Its own list is taken then, and
+            what degrade would have chosen while training is left out.
+
+    Returns:
+        The explicit ones first, in the order of the configuration's fields.
+    """
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in shared.items()}
+    explicit = [
+        Departure(title, say(published), say(values[name]), "explicit")
+        for name, (title, published, say) in PUBLISHED.items()
+        if values[name] != published
+    ]
+    if imported is not None:
+        own = imported.get("departures")
+        lines = [str(line) for line in own] if isinstance(own, list) else []
+        return explicit + [Departure("as imported", "", line, "explicit") for line in lines]
+    return explicit + [Departure(*choice, "assumed") for choice in _choices(values)]
+
+
+def _choices(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, what the paper says, what is done here)"""
+    held_out = values["val_images"]
+    size = values["train_images"] or DATASETS[values["dataset"]].train_images - held_out
+    decayed = {"all": "all parameters", "conv": "weights of convolutions and the linear layer only"}[values["decay"]]
+    choices = [
+        (
+            "images to train on",
+            "45,000 in the search for the schedule; not said of the final nets",
+            f"{size:,}; {f'{held_out:,} held out for validation' if held_out else 'none held out'}",
+        ),
+        ("what decays", "not said; fb.resnet.torch's README: convolution weights only", decayed),
+        ("padding", "not said whether before or after the mean is subtracted", "zeros, after it"),
+        ("range of the pixels", "not said", "divided by 255; the scale cancels in the first batch normalisation"),
+        ("last batch of an epoch", "not said", "full, as all are: one stream of permutations, cut into batches"),
+        ("running statistics of BN", "not said", "averages that move by 0.1 an update (PyTorch's default)"),
+        (
+            "training error",
+            "not said how it was measured",
+            "of the whole training set, clean images, in eval mode, after each epoch",
+        ),
+        ("which step counts", "not said", "the last one, never the best on test"),
+    ]
+    if not values["init"].startswith("identity:"):
+        how = "fan-out, the linear layer too, whose bias starts at 0"
+        choices.append(("He's initialisation by", "not said whether fan-in or fan-out", how))
+    if values["shortcut"] == "A":
+        choices.append(("zero channels of option A", "not said on which side", "appended after the others"))
+    if values["warmup_steps"]:
+        choices.append(
+            (
+                "end of the warm-up",
+                "residual-110: once training error is below 80 %, about 400 steps; not said of plain-110",
+                f"after {values['warmup_steps']:,} steps, for all blocks of at least {values['warmup_depth']} layers",
+            )
+        )
+    if values["momentum"]:
+        theirs, ours = "not said; the authors' Caffe: v = mu v + lr g, p -= v", "PyTorch's: v = mu v + g, p -= lr v"
+        choices.append(("momentum where the learning rate changes", theirs, ours))
+    return choices

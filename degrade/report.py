@@ -1,0 +1,614 @@
+"""Studies to one page: HTML that needs nothing else, and its Markdown twin. Imports no torch.
+
+Both are made of what is on disk alone, so that the same results give the same bytes. Whatever comes from files is
+hostile: the templates escape every value, and pictures are shown as pictures, in which no script runs.
+"""
+
+import base64
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
+
+import jinja2
+import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+import degrade
+from degrade import paper, plots, store
+from degrade.analysis.verdict import CONTRAST, Verdict, chance_error, final_epochs, verdicts
+from degrade.commit import make_folder, write_file
+from degrade.config import BLOCKS, PROTOCOLS, matches_protocol, overridden, study_name
+from degrade.errors import Failure
+from degrade.fidelity import departures
+from degrade.store import FINISHED, Run, Study
+from degrade.terminal import duration, interval_text, percent
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HTML, MARKDOWN = "report.html", "report.md"
+FRAMES = 200  # of the film of one study, at most
+LARGEST = 1_000_000  # bytes of one picture; the page holds them all
+WIDTH = 200  # characters of a value that comes from a file
+TIMED = re.compile(r"(\d+),\d+,(\d+\.\d+),([-:TZ\d]+)")  # a row of timing.csv
+
+
+class Reading(NamedTuple):
+    """How a figure is read, and whose figure it is."""
+
+    title: str
+    text: str
+    source: str = ""
+
+
+HE = "He et al. 2015, arXiv:1512.03385"
+READINGS = {
+    "training-error": Reading(
+        "Training error v depth",
+        "Where a line rises to the right, deeper nets fit their own training images worse: that is degradation.",
+        f"{HE}, section 1 and Fig. 1",
+    ),
+    "curves": Reading(
+        "Error curves",
+        "Bold lines are test error, thin dashed ones training error, a colour a depth. In a plain net that degrades "
+        "the deeper curve runs above the shallower one from beginning to end; in residual nets it ends below.",
+        f"{HE}, Fig. 6",
+    ),
+    "test-error": Reading(
+        "Test error v depth",
+        "The same for images never trained on. It follows the training error where nets degrade.",
+        f"{HE}, Table 6 and Fig. 6",
+    ),
+    "gap": Reading(
+        "Test error minus training error v depth",
+        "If deeper nets were worse because they overfit, the gap would grow with depth while training error fell.",
+        f"{HE}, section 1",
+    ),
+    "responses": Reading(
+        "Layer responses",
+        "Standard deviation of what each layer gives, after BN and before ReLU and addition, in the order of data. "
+        "Those of residual nets are expected to be smaller than those of plain nets, and smaller the deeper the net.",
+        f"{HE}, Fig. 7",
+    ),
+    "gradients": Reading(
+        "Gradients layer by layer",
+        "Norm of the loss's gradient by each layer's weights. If vanishing gradients were the cause, the first "
+        "layers' would be far smaller than the last ones'.",
+        f"{HE}, section 4.1",
+    ),
+    "correlation": Reading(
+        "Correlation of nearby gradients",
+        "How alike the gradients of two nearby inputs are. In deep plain nets the correlation is lost at small "
+        "distances (the gradients are shattered); skip connections keep it.",
+        "Balduzzi et al. 2017, arXiv:1702.08591",
+    ),
+    "lesion": Reading(
+        "Lesions",
+        "Test error of trained nets after some of their blocks were deleted. Residual nets hardly notice one block; "
+        "plain nets fall towards chance.",
+        "Veit et al. 2016, arXiv:1605.06431",
+    ),
+    "landscape": Reading(
+        "Loss around the trained weights",
+        "Loss along random directions, scaled filter by filter. A wide smooth valley is easy to descend, a rugged one "
+        "is not.",
+        "Li et al. 2018, arXiv:1712.09913",
+    ),
+    "bn": Reading(
+        "Running statistics of BN",
+        "Error with the statistics gathered in training, and with statistics measured anew. Where the two agree, the "
+        "errors above are not an artefact of stale statistics.",
+        "a control of this tool's own",
+    ),
+    "identity": Reading(
+        "The identity construction",
+        "A deeper net that copies a shallower one and passes its signal on has the same error, so a solution no worse "
+        "is there. What training makes of it shows whether it stays there.",
+        f"{HE}, section 1",
+    ),
+}
+DRAWN = ("training-error", "curves", "test-error", "gap")  # in the page's order
+
+
+class Table(NamedTuple):
+    """A table of text. `>` before a heading aligns its column to the right."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+class Picture(NamedTuple):
+    """One figure: `uri` holds it all, for the page; `link` leads to its file, for Markdown, where there is one."""
+
+    reading: Reading
+    alt: str
+    uri: str
+    link: str | None
+
+
+@dataclass
+class Section:
+    """One study, as both templates take it."""
+
+    name: str
+    anchor: str
+    about: str
+    headline: str = "no finished run yet"
+    findings: list[tuple[str, str]] = field(default_factory=list)  # (verdict, sentence)
+    early: str = ""
+    unfinished: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    film: dict[str, Any] | None = None
+    comparable: bool = False
+    tables: dict[str, Table] = field(default_factory=dict)
+    commands: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def write_report(studies: Sequence[Study], damaged: Sequence[str], out: Path) -> list[Path]:
+    """Write `out`/report.html and `out`/report.md; nothing else, and nothing elsewhere.
+
+    Args:
+        studies, damaged: as `store.find_studies` gives them.
+        out: a folder; it is made if need be.
+
+    Returns:
+        The two paths.
+
+    Raises:
+        ValueError: there is no epoch in any study.
+        OSError: a file cannot be written; an older one stays as it was.
+    """
+    epochs = store.to_frame(studies)
+    if epochs.empty:
+        raise ValueError("there is no epoch to report yet; degrade show tells how far the runs are")
+    sections = [_section(study, epochs, f"study-{i}", out) for i, study in enumerate(studies, start=1)]
+    ended = max((end for study in studies for run in study.runs for end in _timing(run)[1]), default="")
+    values = {
+        "version": degrade.__version__,
+        "date": ended.partition("T")[0],
+        "sections": sections,
+        "damaged": [_plain(line, 1000) for line in damaged],
+        "chapters": CHAPTERS,
+    }
+    make_folder(out)
+    paths = []
+    for path, environment in ((out / HTML, _html()), (out / MARKDOWN, _markdown())):
+        text = environment.get_template(f"{path.name}.jinja").render(values)
+        write_file(path, text.encode(errors="replace"))  # a file's name may hold bytes that are no text
+        paths.append(path)
+    return paths
+
+
+def _html() -> jinja2.Environment:
+    """Every value escaped; the page's one script is allowed by its hash, and no other can run."""
+    environment = _environment()
+    script = environment.get_template("report.js").render()
+    environment.globals["hash"] = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment
+
+
+def _markdown() -> jinja2.Environment:
+    """Every value escaped, for Markdown in place of HTML, unless it has passed the filter `raw`."""
+    environment = _environment()
+    environment.finalize = lambda value: value if isinstance(value, Markup) else Markup(escaped(value))  # noqa: S704
+    environment.filters["raw"] = Markup
+    return environment
+
+
+def _environment() -> jinja2.Environment:
+    loader = jinja2.PackageLoader("degrade")
+    return jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+
+
+def escaped(value: Any) -> str:
+    """One line of text as Markdown, where it means nothing but itself."""
+    line = " ".join(str(value).split())
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", line).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+CHAPTERS = ("Verdict", "Figures", "Numbers", "Fidelity", "Provenance")
+
+
+def _section(study: Study, epochs: "pd.DataFrame", anchor: str, out: Path) -> Section:
+    rows = epochs[epochs["study"] == study.name]
+    final = final_epochs(rows)
+    final = final[final["status"].isin(FINISHED)]
+    section = Section(_plain(study.name), anchor, _about(study))
+    section.comparable = matches_protocol(study.shared, "paper") and not study.imported
+    section.unfinished = [f"{run.folder.name}: {run.status}" for run in study.runs if run.status not in FINISHED]
+    found = verdicts(rows) if len(final) else []
+    if len(final):
+        section.headline = headline(found) or "nothing to compare: two finished depths of one block are needed"
+        section.findings = [(v.verdict, in_words(v)) for v in found]
+        section.tables["numbers"] = _numbers(final)
+    if found:
+        section.tables["verdict"] = _verdict_table(found)
+    if study.shared["steps"] < paper.STEPS:
+        of = f" of the paper's {paper.STEPS:,}" if study.shared["dataset"] == "cifar10" else ""
+        section.early = f"This is early in training: {study.shared['steps']:,}{of} steps."
+    if len(rows):
+        section.pictures = _pictures(study, rows, final, out)
+        section.film = film(rows)
+    if study.shared["dataset"] == "cifar10" and (literature := _literature(study)):
+        section.tables["literature"] = literature
+    imported, problems = _imported(study)
+    section.tables["departures"] = Table(
+        "Where it departs from the published protocol, and what it does where that leaves a choice open",
+        ("what", "published", "here", "kind"),
+        [tuple(_plain(text) for text in departure) for departure in departures(study.shared, imported)],
+    )
+    section.tables["environment"], notes = _environments(study)
+    section.notes = problems + notes
+    section.tables["runs"] = _runs(study)
+    section.commands = [_plain(command, 10_000) for command in commands(study)]
+    return section
+
+
+def _about(study: Study) -> str:
+    """What was run, in two sentences."""
+    shared, runs = study.shared, study.runs
+    seeds = Counter((run.config.block, run.config.depth) for run in runs).values()
+    if not seeds:
+        return "No run that can be read."
+    many = str(max(seeds)) if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
+    count = f"{len(runs)} {'imported ' if study.imported else ''}run{'s' if len(runs) > 1 else ''}"
+    images = "all" if shared["train_images"] is None else f"{shared['train_images']:,}"
+    return (
+        f"{count} on {shared['dataset']}: {_nets(study)}, {many} seed{'s' if many != '1' else ''} each. "
+        f"Protocol {_plain(study.protocol)}: {shared['steps']:,} steps of batch {shared['batch_size']}, "
+        f"learning rate {shared['lr']:g}, width {shared['width']}, {images} training images."
+    )
+
+
+def _nets(study: Study) -> str:
+    """`plain and residual nets of 20 and 56 layers`"""
+    blocks = [block for block in BLOCKS if any(run.config.block == block for run in study.runs)]
+    depths = [str(depth) for depth in sorted({run.config.depth for run in study.runs})]
+    return f"{_and(blocks)} nets of {_and(depths)} layers"
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def headline(found: Sequence[Verdict]) -> str:
+    """Of each block the deepest comparison: `plain nets degrade (56 v 20 layers: +16.73); ...`"""
+    words = {"degrades": "degrade", "does not degrade": "do not degrade", "undecided": "undecided"}
+    deepest = {v.block: v for v in found if v.block != CONTRAST}  # verdicts come by depth
+    parts = []
+    for block, v in deepest.items():
+        said = f": {words[v.verdict]}" if v.verdict == "undecided" else f" {words[v.verdict]}"
+        parts.append(f"{block} nets{said} ({v.deep} v {v.shallow} layers: {100 * v.difference:+.2f} points)")
+    return "; ".join(parts)
+
+
+def in_words(v: Verdict) -> str:
+    """A verdict and its interval as a sentence."""
+    points = f"{abs(100 * v.difference):.2f} percentage points"
+    if v.block == CONTRAST:
+        more = "more" if v.difference >= 0 else "less"
+        what = f"the training error of plain nets rises by {points} {more} than that of residual nets"
+    else:
+        what = f"the training error of {v.block} nets {'rises' if v.difference >= 0 else 'falls'} by {points}"
+    if v.low is None:
+        why = "with one seed there is no interval" if v.seeds < 2 else "all runs of the shallower net diverged"
+        return f"From {v.shallow} to {v.deep} layers {what}; {why}, so it stays undecided."
+    if v.block == CONTRAST:
+        then = {
+            "degrades": "the whole interval lies above 0, so plain nets degrade more",
+            "does not degrade": "it ends at most half a point above 0, so plain nets degrade no more",
+        }
+    else:
+        then = {
+            "degrades": "the whole interval lies above 0, so the deeper nets degrade",
+            "does not degrade": "it ends at most half a point above 0, so the deeper nets do not degrade",
+        }
+    decided = then.get(v.verdict, "it holds both no rise and one of more than half a point, so it stays undecided")
+    interval = f"95 % interval {interval_text(v)}, at least {v.seeds} seeds each"
+    return f"From {v.shallow} to {v.deep} layers {what} ({interval}): {decided}."
+
+
+def _verdict_table(found: Sequence[Verdict]) -> Table:
+    rows = [
+        (
+            v.block.replace("-", " minus "),
+            f"{v.deep} v {v.shallow}",
+            str(v.seeds),
+            f"{100 * v.difference:+.2f}",
+            interval_text(v),
+            v.words,
+        )
+        for v in found
+    ]
+    columns = ("nets", ">depths", ">seeds", ">rise", ">95 % interval", "verdict")
+    return Table("Final training error, deeper minus shallower, in percentage points", columns, rows)
+
+
+def _numbers(final: "pd.DataFrame") -> Table:
+    """Final errors over seeds; beside the paper's, on CIFAR-10."""
+    published = {(p.block, p.depth): p for p in paper.CIFAR10}
+    beside = set(final["dataset"]) == {"cifar10"}
+    rows = []
+    for block, depth in _in_order(final):
+        runs = final[(final["block"] == block) & (final["depth"] == depth)]
+        lost = int((runs["status"] == "diverged").sum())
+        row = [f"{block}-{depth}", f"{len(runs)}" + (f" ({lost} diverged, at chance)" if lost else "")]
+        row += [spread(runs[measure].dropna().tolist()) for measure in ("train_error", "test_error")]
+        if beside:
+            known = published.get((block, depth))
+            row += [percent(known.train_error), percent(known.test_error)] if known else ["-", "-"]
+        rows.append(tuple(row))
+    theirs = (">train, He et al.", ">test, He et al.") if beside else ()
+    columns = ("net", ">seeds", ">training error", ">test error", *theirs)
+    return Table("Final errors, mean ± standard deviation over seeds", columns, rows)
+
+
+def spread(errors: Sequence[float]) -> str:
+    """`67.12 ± 0.43 %`: mean and sample standard deviation; the mean alone of one."""
+    if not errors:
+        return "-"
+    mean = 100 * statistics.fmean(errors)
+    return f"{mean:.2f} ± {100 * statistics.stdev(errors):.2f} %" if len(errors) > 1 else f"{mean:.2f} %"
+
+
+def _in_order(rows: "pd.DataFrame") -> list[tuple[str, int]]:
+    """The nets, by block and depth."""
+    nets = {(str(block), int(depth)) for block, depth in zip(rows["block"], rows["depth"], strict=True)}
+    return sorted(nets, key=lambda net: (BLOCKS.index(net[0]), net[1]))
+
+
+def _literature(study: Study) -> Table | None:
+    """Training / test error of the study's nets, as others published them."""
+    nets = {(run.config.block, run.config.depth) for run in study.runs}
+    numbers = [p for p in (*paper.CIFAR10, *paper.REPRODUCTIONS) if (p.block, p.depth) in nets]
+    columns: dict[str, dict[tuple[str, int], str]] = {}
+    for p in numbers:
+        cell = f"{_bare(p.train_error)} / {_bare(p.test_error)}"
+        source = "He et al." if p in paper.CIFAR10 else p.source.split("/")[1]
+        columns.setdefault(source, {})[p.block, p.depth] = cell
+    listed = sorted({(p.block, p.depth) for p in numbers}, key=lambda net: (BLOCKS.index(net[0]), net[1]))
+    rows = [(f"{b}-{d}", *(cells.get((b, d), "") for cells in columns.values())) for b, d in listed]
+    caption = "Published on CIFAR-10: training / test error in %"
+    return Table(caption, ("net", *(f">{name}" for name in columns)), rows) if rows else None
+
+
+def _bare(error: float | None) -> str:
+    return "-" if error is None else f"{100 * error:.2f}"
+
+
+def _pictures(study: Study, rows: "pd.DataFrame", final: "pd.DataFrame", out: Path) -> list[Picture]:
+    """The figures drawn from the logs, then those that lie in the study's folder."""
+    drawn = plots.figures(rows)
+    pictures = []
+    for name in DRAWN:
+        if name in drawn:
+            said = _said(final, name)
+            alt = f"{READINGS[name].title}, {_nets(study)}. {said}".strip()
+            uri = _uri(_svg(drawn[name], f"{study.name} {name}"), "svg+xml")
+            pictures.append(Picture(READINGS[name], alt, uri, _link(study.folder / "figures" / f"{name}.png", out)))
+    folder = study.folder / "figures"
+    for name in sorted({path.stem for path in folder.glob("*") if path.suffix in (".svg", ".png")} - set(drawn)):
+        files = {kind: _read_picture(folder / f"{name}.{kind}") for kind in ("png", "svg")}
+        held = [(len(data), kind, data) for kind, data in files.items() if data]
+        if not held:
+            continue
+        _, kind, data = min(held)
+        reading = _reading(name)
+        alt = f"{reading.title}, {_nets(study)}"
+        uri = _uri(data, {"svg": "svg+xml"}.get(kind, kind))
+        pictures.append(Picture(reading, alt, uri, _link(folder / f"{name}.{'png' if files['png'] else 'svg'}", out)))
+    return pictures
+
+
+def _reading(name: str) -> Reading:
+    """Of `responses`, or of `responses-init`, which is the same of something else."""
+    stem, _, rest = name.partition("-")
+    if name in READINGS:
+        return READINGS[name]
+    if stem in READINGS:
+        return READINGS[stem]._replace(title=f"{READINGS[stem].title} ({_plain(rest)})")
+    return Reading(_plain(name), "A figure that lies in the study's folder.")
+
+
+def _said(final: "pd.DataFrame", name: str) -> str:
+    """What a figure v depth shows, for those who cannot see it."""
+    measure = {"training-error": "train_error", "test-error": "test_error"}.get(name)
+    if measure is None:
+        return ""
+    means = final.groupby(["block", "depth"])[measure].mean()
+    known = [(net, float(means[net])) for net in _in_order(final) if means[net] == means[net]]
+    return "; ".join(f"{block} {depth} layers {percent(error)}" for (block, depth), error in known)
+
+
+def _svg(figure: Figure, salt: str) -> bytes:
+    """The figure with its text as outlines: the same everywhere, whatever fonts there are."""
+    file = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "path"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def _uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _read_picture(path: Path) -> bytes:
+    """Its bytes; none where there is no such file, or it is too large for the page."""
+    try:
+        return path.read_bytes() if path.is_file() and path.stat().st_size <= LARGEST else b""
+    except OSError:
+        return b""
+
+
+def _link(path: Path, out: Path) -> str | None:
+    """From the Markdown to the file, if it is there."""
+    return quote(os.fsencode(os.path.relpath(path.resolve(), out.resolve()))) if path.is_file() else None
+
+
+def film(rows: "pd.DataFrame") -> dict[str, Any] | None:
+    """Training error v depth, frame by frame, for the page's script; None where there are no two frames.
+
+    Finished runs only, or all of them while none is. A frame is an epoch that all of these have; a diverged run stays
+    at chance from its last epoch on. At most 200 frames, thinned evenly, with the first and the last.
+
+    Args:
+        rows: of one study, as `store.load` gives them.
+
+    Returns:
+        steps, epochs: of each frame. nets: block, depth, and the error of each seed in each frame, (seeds, frames).
+        chance: the error of guessing; last: the step at which training ends.
+    """
+    finished = rows[rows["status"].isin(FINISHED)]
+    chosen = finished if len(finished) else rows
+    table = chosen.pivot(index="step", columns="id", values="train_error").sort_index()
+    chance = chance_error(str(rows["dataset"].iloc[0]))
+    for run, own in chosen[chosen["status"] == "diverged"].groupby("id"):
+        table.loc[table.index >= own["step"].max(), run] = chance
+    table = table.dropna()
+    if len(table) < 2:
+        return None
+    count = min(FRAMES, len(table))
+    table = table.iloc[[i * (len(table) - 1) // (count - 1) for i in range(count)]]
+    epochs = chosen.groupby("step")["epoch"].max()
+    nets = []
+    for block, depth in _in_order(chosen):
+        runs = sorted(set(chosen.loc[(chosen["block"] == block) & (chosen["depth"] == depth), "id"]))
+        errors = [[round(float(error), 5) for error in table[run]] for run in runs]
+        nets.append({"block": block, "depth": depth, "errors": errors})
+    return {
+        "steps": [int(step) for step in table.index],
+        "epochs": [int(epochs[step]) for step in table.index],
+        "nets": nets,
+        "chance": chance,
+        "last": int(rows["steps"].iloc[0]),
+    }
+
+
+def _imported(study: Study) -> tuple[dict[str, Any] | None, list[str]]:
+    """What the study's imported runs say of themselves, if they were imported; and what cannot be read."""
+    lines: list[Any] = []
+    problems = []
+    for run in study.runs:
+        try:
+            own = (run.imported or {}).get("departures")
+        except (Failure, OSError) as error:
+            problems.append(_plain(error, 1000))
+            continue
+        lines += [line for line in own if line not in lines] if isinstance(own, list) else []
+    return ({"departures": lines} if study.imported else None), problems
+
+
+def _environments(study: Study) -> tuple[Table, list[str]]:
+    """Versions and hardware, each value with its number of runs; and a line for each run that is not of one piece."""
+    found: dict[str, Counter[str]] = {}
+    notes = []
+    for run in study.runs:
+        try:
+            values = store.read_json(run.folder / store.ENVIRONMENT)
+        except FileNotFoundError:
+            continue
+        except (Failure, OSError) as error:
+            notes.append(_plain(error, 1000))
+            continue
+        changes = values.pop("changes", [])
+        for name, value in values.items():
+            found.setdefault(_plain(name), Counter())[_plain(value)] += 1
+        for change in changes if isinstance(changes, list) else []:
+            if isinstance(change, dict):
+                told = ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in change.items() if k != "step")
+                notes.append(f"{run.folder.name} went on from step {_plain(change.get('step'))} with {told}")
+    rows = [(name, value, str(count)) for name, values in found.items() for value, count in sorted(values.items())]
+    timings = [_timing(run) for run in study.runs]
+    ends = sorted(end for _, ended in timings for end in ended)
+    taken = [seconds for seconds, ended in timings if ended]
+    if taken:
+        days = sorted({ends[0].partition("T")[0], ends[-1].partition("T")[0]})
+        rows.append(("trained on (UTC)", " to ".join(days), str(len(taken))))
+        each = f"{duration(min(taken))} to {duration(max(taken))} a run, {duration(sum(taken))} summed over runs"
+        rows.append(("training time", each if len(taken) > 1 else duration(taken[0]), str(len(taken))))
+    return Table("How it was made", ("what", "value", ">runs"), rows), notes
+
+
+def _timing(run: Run) -> tuple[float, list[str]]:
+    """Seconds in all, and when each epoch ended (UTC); what is damaged of timing.csv counts for nothing."""
+    try:
+        lines = (run.folder / store.TIMING).read_text(errors="replace").splitlines()
+    except OSError:
+        return 0.0, []
+    matches = [match for line in lines if (match := TIMED.fullmatch(line))]
+    return sum(float(match[2]) for match in matches), [match[3] for match in matches]
+
+
+def _runs(study: Study) -> Table:
+    records = [run.record() for run in study.runs]
+    rows = [
+        (
+            str(row["id"]),
+            str(row["status"]),
+            f"{row['step']:,}",
+            *("-" if (e := row[name]) is None or e != e else percent(e) for name in ("train_error", "test_error")),
+        )
+        for row in records
+    ]
+    return Table("Every run", ("run", "status", ">step", ">training error", ">test error"), rows)
+
+
+def commands(study: Study) -> list[str]:
+    """The sweeps that redo the study; none where no sweep made it."""
+    shared = study.shared
+    if study.imported or shared["init"].startswith("identity:"):
+        return []
+    protocol = study.protocol if study.protocol in PROTOCOLS else "paper"
+    fields = {name: value for name, value in shared.items() if name != "dataset"}
+    changed = overridden(protocol, fields) | {"precision": shared["precision"]}
+    name = study.folder.resolve().name
+    common = ["--dataset", shared["dataset"], "--protocol", protocol]
+    for key, value in changed.items():
+        common += [f"--{key.replace('_', '-')}", _flag(value)]
+    if name != study_name(shared["dataset"], protocol, overridden(protocol, fields)):
+        common += ["--study", name]
+    return [
+        shlex.join(["degrade", "sweep", "--depths", depths, "--blocks", blocks, "--seeds", seeds, *common])
+        for depths, blocks, seeds in _grids(study.runs)
+    ]
+
+
+def _flag(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _grids(runs: Iterable[Run]) -> list[tuple[str, str, str]]:
+    """(depths, blocks, seeds) whose products are the runs, as few as come of joining alike ones."""
+    nets = _joined((run.config.depth, run.config.block, run.config.seed) for run in runs)
+    lines = _joined((block, seeds, depth) for (depth, block), seeds in nets.items())
+    grids = _joined((seeds, depths, block) for (block, seeds), depths in lines.items())
+    return [(_flag(depths), _flag(blocks), _flag(seeds)) for (seeds, depths), blocks in grids.items()]
+
+
+def _joined(cells: Iterable[tuple[Any, Any, Any]]) -> dict[tuple[Any, Any], tuple[Any, ...]]:
+    """The sorted last values of the cells that agree in the other two."""
+    groups = itertools.groupby(sorted(set(cells)), key=lambda cell: cell[:2])
+    return {key: tuple(cell[2] for cell in group) for key, group in groups}
+
+
+def _plain(value: Any, width: int = WIDTH) -> str:
+    """What a file says, as one line of printable text that is not endless."""
+    text = value if isinstance(value, str) else str(value) if isinstance(value, Exception) else json.dumps(value)
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return text if len(text) <= width else text[: width - 1] + "…"
