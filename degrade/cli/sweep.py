@@ -25,6 +25,7 @@ from degrade.cli.app import (
     numbers,
     say,
     say_errors,
+    study_folder,
 )
 from degrade.config import (
     BLOCKS,
@@ -180,14 +181,14 @@ def sweep(
     studies = _studies(wanted, axes)
     for asked in studies:  # bad input is told before torch is imported
         configs_of(nets, asked.dataset, protocol_fields(asked.protocol, asked.fields))
-        _study_folder(out, asked.name)
+        study_folder(out, asked.name)
 
     from degrade import sweep as engine
 
     device = engine.resolve_device(device)
     plans = []
     for asked in studies:
-        chosen, configs = _open(_study_folder(out, asked.name), asked, nets, device)
+        chosen, configs = _open(study_folder(out, asked.name), asked, nets, device)
         runs = engine.find_runs(chosen, configs)
         passed_over = [*store.FINISHED, *([] if retry_failed else ["failed"])]
         todo = [run for run in runs if run.status not in passed_over]
@@ -224,8 +225,8 @@ def _grid_flags(grid: Sequence[str]) -> dict[str, list[Any]]:
         name = name.strip().replace("-", "_")
         if not equals:
             raise ValueError(f"--grid must be a field and its values, such as lr=0.1,0.05; got {text!r}")
-        if name == "milestones":
-            raise ValueError("--grid cannot have milestones, which are lists themselves; put them into a TOML file")
+        if str(TYPES.get(name)).startswith("tuple"):
+            raise ValueError(f"--grid cannot have {name}, whose values are lists; a TOML file's [grid] can")
         if name in axes:
             raise ValueError(f"--grid has {name} twice; name all of its values in one")
         axes[name] = _axis(name, [_number(value, TYPES.get(name)) for value in names(values, f"--grid {name}") or []])
@@ -387,12 +388,3 @@ def _read_spec(spec: Path | None) -> dict[str, Any]:
 
 def _underscored(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name.replace("-", "_"): value for name, value in values.items()}
-
-
-def _study_folder(out: Path, name: str) -> Path:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", name):
-        raise ValueError(f"a study's name must be up to 100 of A-Z a-z 0-9 . _ + -; got {name!r}; set it with --study")
-    for path in (out / name, out):
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{path} is a file; --out and --study must name a folder")
-    return out / name
