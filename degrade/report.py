@@ -574,8 +574,10 @@ def commands(study: Study) -> list[str]:
     shared = study.shared
     if study.imported or shared["init"].startswith("identity:"):
         return []
-    protocol = study.protocol if study.protocol in PROTOCOLS else "paper"
     fields = {name: value for name, value in shared.items() if name != "dataset"}
+    protocol = study.protocol
+    if protocol not in PROTOCOLS or None in overridden(protocol, fields).values():  # there is no flag for "all"
+        protocol = "paper"
     changed = overridden(protocol, fields) | {"precision": shared["precision"]}
     name = study.folder.resolve().name
     common = ["--dataset", shared["dataset"], "--protocol", protocol]
