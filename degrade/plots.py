@@ -1,13 +1,14 @@
 """DataFrames to figures. Errors are drawn in percent. Imports no torch."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import (
     Formatter,
@@ -20,9 +21,10 @@ from matplotlib.ticker import (
 )
 
 from degrade import paper
-from degrade.analysis.verdict import chance_error, final_epochs
+from degrade.analysis.verdict import Grid, chance_error, finished
 from degrade.commit import make_folder, write_file
-from degrade.config import BLOCKS
+from degrade.config import BLOCKS, spelt
+from degrade.log import Epoch
 from degrade.store import FINISHED
 
 if TYPE_CHECKING:
@@ -45,8 +47,7 @@ def figures(epochs: "pd.DataFrame") -> dict[str, Figure]:
         epochs: rows of one study, as `store.load` gives them. The figures v depth take finished runs
             only; diverged ones stand at chance, and have no gap.
     """
-    final = final_epochs(epochs)
-    final = final[final["status"].isin(FINISHED)].copy()
+    final = finished(epochs).copy()
     final["gap"] = (final["test_error"] - final["train_error"]).mask(final["status"] == "diverged")
     drawn = {"curves": draw_curves(epochs)}
     for name, measure in (("training-error", "train_error"), ("test-error", "test_error"), ("gap", "gap")):
@@ -109,6 +110,62 @@ def by_depth(ax: Axes, final: "pd.DataFrame", measure: str) -> Axes:
         ax.axhline(0, color="0.4", linewidth=0.8)
         ax.set_ylim(min([-0.01, *final[measure] * 1.1]), max([0.01, *final[measure] * 1.1]))
     return _error_axis(ax, drawn, str(row["dataset"]), linear=measure == "gap")
+
+
+def draw_grid(epochs: "pd.DataFrame", grid: Grid) -> Figure | None:
+    """Was the deeper net mistuned? The final errors of each net v the value of the field that a grid is over.
+
+    None where fewer than two of its studies have a finished run.
+
+    Args:
+        epochs: rows of the grid's studies, and maybe of others, as `store.load` gives them.
+        grid: which studies, and their values.
+    """
+    final = finished(epochs)
+    final = final[final["study"].isin(list(grid.values))]
+    if final["study"].nunique() < 2:
+        return None
+    figure = Figure(figsize=(10.2, 4.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, measure in zip(axes, ("train_error", "test_error"), strict=True):
+        by_value(ax, final, grid, measure).set_title(MEASURES[measure], fontsize=10)
+        _error_axis(ax, [*final["train_error"], *final["test_error"]], str(final["dataset"].iloc[0]))
+    axes[0].set_ylabel("error")
+    figure.suptitle(f"Final errors v {grid.field}\n{_describe(final, grid.field)}", fontsize=10)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    return figure
+
+
+def by_value(ax: Axes, final: "pd.DataFrame", grid: Grid, measure: str) -> Axes:
+    """Draw each seed's final `measure` as a dot and each net's means as a line over the grid's values, evenly spaced.
+
+    The deeper, the darker. A ring marks the value with which a net's mean training error is lowest.
+
+    Args:
+        ax: to draw on.
+        final: one row a run, with study, block, depth, train_error and `measure`, fractions.
+        grid: the values of the studies.
+        measure: a column of `final`.
+    """
+    final = final.assign(place=final["study"].map({study: x for x, study in enumerate(grid.values)}))
+    nets = [(block, depth) for block in BLOCKS for depth in sorted(set(final.loc[final["block"] == block, "depth"]))]
+    for i, (block, depth) in enumerate(nets):
+        depths = [depth for other, depth in nets if other == block]
+        strength = 1 - 0.6 * (len(depths) - 1 - depths.index(depth)) / max(len(depths) - 1, 1)
+        colour = tuple(1 - strength * (1 - part) for part in to_rgb(COLOURS[block]))
+        runs = final[(final["block"] == block) & (final["depth"] == depth)]
+        by, beside = runs.groupby("place"), 0.05 * (i - (len(nets) - 1) / 2)  # so that nets do not hide each other
+        mean, best = by[measure].mean(), by["train_error"].mean().idxmin()
+        ax.plot(mean.index + beside, mean, marker=MARKERS[block], color=colour, label=f"{block}-{depth}", markersize=5)
+        ax.plot(runs["place"] + beside, runs[measure], ".", color=colour, markersize=4)
+        ax.plot(best + beside, mean[best], "o", color=colour, markersize=13, markerfacecolor="none")
+    ax.plot([], [], "o", color="0.4", markersize=13, markerfacecolor="none", label="best of a net,\nby training error")
+    ax.plot([], [], ".", color="0.4", markersize=4, label="one seed")
+    ax.set_xticks(range(len(grid.values)), [spelt(value) for value in grid.values.values()])
+    ax.set_xlim(-0.6, len(grid.values) - 0.4)
+    ax.set_xlabel(grid.field)
+    return ax
 
 
 def draw_curves(epochs: "pd.DataFrame") -> Figure:
@@ -210,6 +267,41 @@ def _by_step(runs: "pd.DataFrame", measure: str) -> "pd.DataFrame":
     return table.dropna()
 
 
+def draw_identity(
+    record: Mapping[str, Any], continued: Sequence[Epoch], scratch: Sequence[Epoch], dataset: str
+) -> Figure:
+    """Training on from the identity construction: training error v step, beside the shallow net's and that of the
+    same depth trained from scratch.
+
+    Args:
+        record: of identity.json.
+        continued: the log of the run that went on from the construction.
+        scratch: the log of one trained from scratch; its last error is drawn.
+        dataset: whose chance error is drawn where the errors come near it.
+    """
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    ax = figure.add_subplot()
+    colour = COLOURS[record["block"]]
+    deep, shallow = f"{record['block']}-{record['deep']}", f"{record['block']}-{record['shallow']}"
+    start = record["train"]["deep_error"]
+    steps, errors = [0, *(e.step for e in continued)], [start, *(e.train_error for e in continued)]
+    ax.plot(steps, errors, color=colour, marker=MARKERS[record["block"]], label=f"{deep}, from the construction")
+    levels = [(start, f"{shallow}, and the construction", (0, (5, 3)))]
+    if scratch:
+        levels.append((scratch[-1].train_error, f"{deep}, from scratch, after {scratch[-1].step:,} steps", (0, (1, 2))))
+    for value, label, style in levels:
+        ax.axhline(value, color="0.35", linewidth=1.2, linestyle=style, label=label, zorder=1)
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    ax.set_xlabel(f"steps from the construction, at lr {continued[-1].lr:g}")
+    ax.set_ylabel("training error")
+    figure.suptitle(f"{deep} trained on from {shallow} and identity layers ({dataset})", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize=9)
+    _error_axis(ax, [*errors, *(level[0] for level in levels)], dataset)
+    return figure
+
+
 def save(figure: Figure, folder: Path, name: str, formats: Iterable[str] = FORMATS) -> list[Path]:
     """Write the figure to `folder/name.<format>`; the same figure gives the same bytes.
 
@@ -229,19 +321,26 @@ def save(figure: Figure, folder: Path, name: str, formats: Iterable[str] = FORMA
     return paths
 
 
-def _describe(epochs: "pd.DataFrame") -> str:
-    """`cifar10, protocol demo: 500 of the paper's 64,000 steps`, `width 8, 4,000 images, 3 seeds`, who has diverged."""
+def _describe(epochs: "pd.DataFrame", field: str = "") -> str:
+    """`cifar10, protocol demo: 500 of the paper's 64,000 steps`, `width 8, 4,000 images, 3 seeds`, who has diverged.
+
+    Without `field`, where that differs between the rows.
+    """
     row = epochs.iloc[0]
-    counts = epochs.groupby(["block", "depth"])["seed"].nunique()
+    counts = epochs.groupby(["study", "block", "depth"])["seed"].nunique()
     low, high = int(counts.min()), int(counts.max())
     seeds = f"{low} seed{'s' if low > 1 else ''}" if low == high else f"{low} to {high} seeds"
     of = f" of the paper's {paper.STEPS:,}" if row["dataset"] == "cifar10" and row["steps"] < paper.STEPS else ""
     images = row["train_images"]
     size = f"{images:,.0f} images" if images == images and images is not None else "all images"  # pandas: None is NaN
-    steps = f"protocol {row['protocol']}: {row['steps']:,}{of} steps"
-    text = f"{row['dataset']}, {steps}\nwidth {row['width']}, {size}, {seeds}"
+    parts = {"steps": f"{row['steps']:,}{of} steps", "width": f"width {row['width']}", "train_images": size}
+    parts.pop(field, None)
+    steps = f": {parts.pop('steps')}" if "steps" in parts else ""
+    protocols = epochs["protocol"].str.removesuffix(", changed") if field else epochs["protocol"]
+    protocol = " and ".join(dict.fromkeys(protocols))
+    text = f"{row['dataset']}, protocol {protocol}{steps}\n{', '.join([*parts.values(), seeds])}"
     lost = epochs[epochs["status"] == "diverged"]
-    names = sorted({f"{r.block}-{r.depth}-s{r.seed}" for r in lost.itertuples()})
+    names = sorted({f"{r.block}-{r.depth}-s{r.seed}{f' of {r.study}' if field else ''}" for r in lost.itertuples()})
     return text + (f"\ndiverged, at chance: {', '.join(names)}" if names else "")
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -9,8 +10,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from degrade.analysis.verdict import Verdict
-from degrade.config import RunConfig
+from degrade.analysis.verdict import CONTRAST, Grid, Verdict
+from degrade.config import RunConfig, spelt
 from degrade.execute import Event
 from degrade.log import Epoch
 from degrade.store import Run
@@ -92,6 +93,48 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
             Text(v.words, VERDICT_STYLES.get(v.verdict, "")),
         )
     return table
+
+
+def grid_table(verdicts: Sequence[Verdict], grid: Grid) -> Table:
+    """Each comparison at every value of the grid, then best against best, in percentage points."""
+    table = make_table("nets", ">depths", f">{grid.field}", ">rise", ">95 % interval", "verdict")
+    for _, group in groupby(sorted(verdicts, key=Verdict.place), key=Verdict.place):
+        if table.rows:
+            table.add_row()
+        for v in group:
+            table.add_row(
+                v.block,
+                f"{v.deep} v {v.shallow}",
+                spelt(v.value) if v.best is None else "best",
+                f"{100 * v.difference:+.2f}",
+                interval_text(v),
+                Text(v.words.removeprefix("plain "), VERDICT_STYLES.get(v.verdict, "")),
+            )
+    return table
+
+
+def best_lines(best: Sequence[Verdict], grid: Grid) -> list[str]:
+    """What a grid says of mistuning: best against best, how these were chosen, and whether the grid is wide enough."""
+    lines = []
+    for v in best:
+        if v.best is None or v.block == CONTRAST:
+            continue
+        deep, shallow = (f"{net} ({grid.field} {spelt(value)})" for net, value in v.best.items())
+        rise = f"{100 * abs(v.difference):.2f} points {'above' if v.difference > 0 else 'below'}"
+        even, so = ("even ", "") if v.verdict == "degrades" else ("", f": {v.words}")
+        lines.append(f"{even}with the best {grid.field} of each depth, {deep} is {rise} {shallow}{so}")
+    if lines:
+        lines.append("these best are chosen on the runs compared, which the intervals do not allow for")
+    chosen = {net: value for v in best for net, value in (v.best or {}).items()}
+    values = list(grid.values.values())
+    for edge, word in ((values[0], "lowest"), (values[-1], "highest")):
+        nets = [net for net, value in chosen.items() if value == edge]
+        if nets and isinstance(edge, int | float):
+            lines.append(
+                f"{grid.field} {spelt(edge)}, the {word} tried, is the best of {', '.join(nets)}: "
+                f"one beyond it may be better still"
+            )
+    return lines
 
 
 def interval_text(verdict: Verdict) -> str:

@@ -3,15 +3,17 @@
 Imports no torch: a verdict is read off the logs.
 """
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from degrade import paper
-from degrade.config import BLOCKS, DATASETS
+from degrade.config import BLOCKS, DATASETS, TYPES, spelt, usual_milestones
 from degrade.store import FINISHED
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 MARGIN = 0.005  # a rise of at most half a percentage point does not count as degradation
 CONFIDENCE = 0.95
 CONTRAST = "plain-residual"
+ORDER = (*BLOCKS, CONTRAST)
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Verdict:
     """One comparison of final training errors, deeper minus shallower.
 
     Args:
-        study: its name.
+        study: its name; of the best of a grid, the names of those compared.
         block: "plain", "residual", or "plain-residual": the plain nets' difference minus the residual nets'.
         shallow, deep: the two depths.
         seeds: the smallest number of seeds among the groups compared.
@@ -36,6 +39,9 @@ class Verdict:
         verdict: "degrades" (low > 0), "does not degrade" (high <= 0.005) or "undecided".
         steps: updates of the protocol.
         diverged: run ids counted at chance error.
+        field: that the grid is over, where the comparison is one of a grid's.
+        value: of that field in the study.
+        best: of the best of a grid, the value each net is best with: {"plain-56": 0.05, "plain-20": 0.1}.
     """
 
     study: str
@@ -49,6 +55,9 @@ class Verdict:
     verdict: str
     steps: int
     diverged: tuple[str, ...]
+    field: str | None = None
+    value: Any = None
+    best: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"diverged": list(self.diverged), "early": self.early}
@@ -61,6 +70,10 @@ class Verdict:
         return {"degrades": "plain degrades more", "does not degrade": "plain degrades no more"}.get(
             self.verdict, self.verdict
         )
+
+    def place(self) -> tuple[int, int]:
+        """By which comparisons are sorted: the nets, then the depth."""
+        return ORDER.index(self.block), self.deep
 
     @property
     def early(self) -> bool:
@@ -111,21 +124,104 @@ def final_epochs(epochs: "pd.DataFrame") -> "pd.DataFrame":
     return last
 
 
+def finished(epochs: "pd.DataFrame") -> "pd.DataFrame":
+    """`final_epochs` of the runs that are done or diverged."""
+    final = final_epochs(epochs)
+    return final[final["status"].isin(FINISHED)]
+
+
 def verdicts(epochs: "pd.DataFrame") -> list[Verdict]:
     """Every comparison the runs allow: per study and block, each deeper net minus the shallowest, and the contrast.
 
     Args:
         epochs: as `store.load` gives it. Only runs that are done or diverged count.
     """
+    final = finished(epochs)
+    return [verdict for _, runs in final.groupby("study", sort=True) for verdict in _comparisons(runs)]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Studies that differ in one field of the protocol alone.
+
+    Args:
+        field: its name.
+        values: of each study, by its name; rising.
+    """
+
+    field: str
+    values: dict[str, Any]
+
+
+def grids(studies: Mapping[str, Mapping[str, Any]]) -> list[Grid]:
+    """Those among studies in one folder, by field; a study may be in several.
+
+    Milestones at half and three quarters of the steps go with the steps. Two data sets make no grid, since their
+    errors do not compare; nor do studies of which two have the same value.
+
+    Args:
+        studies: the fields that the runs of each have in common (`Study.shared`), by name.
+    """
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, shared in studies.items():
+        usual = shared["milestones"] == list(usual_milestones(shared["steps"]))
+        described = dict(shared) | {"milestones": "usual" if usual else shared["milestones"]}
+        for field in described.keys() - {"dataset"}:
+            others = {other: value for other, value in described.items() if other != field}
+            key = f"{PurePath(name).parent}: {json.dumps(others, sort_keys=True)}"
+            alike.setdefault((field, key), []).append(name)
+    found = []
+    for field, key in sorted(alike, key=lambda group: (list(TYPES).index(group[0]), min(alike[group]))):
+        values = {name: studies[name][field] for name in alike[field, key]}
+        if len(values) > 1 and len(set(map(spelt, values.values()))) == len(values):
+            rising = sorted(values.items(), key=lambda pair: (pair[1] is None, pair[1]))  # None: all images
+            found.append(Grid(field, dict(rising)))
+    return found
+
+
+def grid_verdicts(epochs: "pd.DataFrame", grid: Grid) -> list[Verdict]:
+    """The verdicts of the grid's studies, comparison by comparison, each at every value."""
+    mine = verdicts(epochs[epochs["study"].isin(list(grid.values))])
+    mine.sort(key=lambda v: (v.place(), list(grid.values).index(v.study)))
+    return [replace(v, field=grid.field, value=grid.values[v.study]) for v in mine]
+
+
+def best_verdicts(epochs: "pd.DataFrame", grid: Grid) -> list[Verdict]:
+    """The comparisons of the best with the best: of each net, the runs with the value whose mean error is lowest.
+
+    That is to each net's own advantage, so a deeper net that is worse all the same was not just mistuned. The best
+    are chosen on the runs compared, which the intervals do not allow for.
+    """
+    final = finished(epochs)
+    final = final[final["study"].isin(list(grid.values))]
+    chosen = []
+    best: dict[str, Any] = {}
+    for (block, depth), runs in final.groupby(["block", "depth"]):
+        means = runs.groupby("study")["train_error"].mean()
+        study = min((name for name in grid.values if name in means), key=means.__getitem__)
+        best[f"{block}-{depth}"] = grid.values[study]
+        chosen.append(runs[runs["study"] == study])
+    if not chosen:
+        return []
+    import pandas as pd
+
+    found = []
+    for v in _comparisons(pd.concat(chosen)):
+        nets = [f"{block}-{depth}" for block in v.block.split("-") for depth in (v.deep, v.shallow)]
+        values = {net: best[net] for net in nets}
+        studies = [name for name, value in grid.values.items() if value in values.values()]
+        found.append(replace(v, study=", ".join(studies), field=grid.field, best=values))
+    return found
+
+
+def _comparisons(runs: "pd.DataFrame") -> list[Verdict]:
+    """Of each block each deeper net minus the shallowest, and the contrast; a row a run, each net's of one study."""
     results = []
-    final = final_epochs(epochs)
-    for _, runs in final[final["status"].isin(FINISHED)].groupby("study", sort=True):
-        depths = {block: sorted(set(runs.loc[runs["block"] == block, "depth"])) for block in BLOCKS}
-        for block in BLOCKS:
-            results += [_compare(runs, (block,), depths[block][0], deep) for deep in depths[block][1:]]
-        both = [depth for depth in depths["plain"] if depth in depths["residual"]]
-        results += [_compare(runs, ("plain", "residual"), both[0], deep) for deep in both[1:]]
-    return results
+    depths = {block: sorted(set(runs.loc[runs["block"] == block, "depth"])) for block in BLOCKS}
+    for block in BLOCKS:
+        results += [_compare(runs, (block,), depths[block][0], deep) for deep in depths[block][1:]]
+    both = [depth for depth in depths["plain"] if depth in depths["residual"]]
+    return results + [_compare(runs, ("plain", "residual"), both[0], deep) for deep in both[1:]]
 
 
 def _compare(runs: "pd.DataFrame", blocks: Sequence[str], shallow: int, deep: int) -> Verdict:
@@ -151,6 +247,6 @@ def _compare(runs: "pd.DataFrame", blocks: Sequence[str], shallow: int, deep: in
         low=low,
         high=high,
         verdict=decide(low, high),
-        steps=int(runs["steps"].iloc[0]),
+        steps=int(runs["steps"].min()),
         diverged=tuple(diverged),
     )

@@ -3,13 +3,19 @@
 import csv
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from degrade import paper, store, terminal
 from degrade.cli.app import Results, app, console, count, epochs_of, leave, names, say, say_errors, tell
+
+if TYPE_CHECKING:
+    from degrade.analysis.verdict import Grid, Verdict
+
+NOTHING = "nothing to compare: two finished depths of one block are needed"
 
 
 @app.command()
@@ -80,6 +86,8 @@ def plot(
 ) -> int:
     """Draw each study: training error v depth, error curves, test error v depth, the gap between the two.
 
+    Studies that differ in one field alone, as sweep --grid makes them, are drawn side by side too, in figures/ here.
+
     Example: degrade plot results/
     """
     kinds = names(formats, "--formats") or []
@@ -95,9 +103,20 @@ def plot(
     for name, rows in epochs.groupby("study", sort=True):
         folder = out / name if out else folders[name] / "figures"
         for title, figure in plots.figures(rows).items():
-            paths = plots.save(figure, folder, title, kinds)
-            say(f"{paths[0].with_suffix('')}.{{{','.join(kinds)}}}" if len(kinds) > 1 else str(paths[0]))
+            _say_paths(plots.save(figure, folder, title, kinds))
+    grids = _grids(studies)
+    for grid in grids:
+        figure_of_grid = plots.draw_grid(epochs, grid)
+        alone = [other.field for other in grids].count(grid.field) == 1
+        title = f"grid-{grid.field}" + ("" if alone else f"-{min(grid.values).replace('/', '-')}")
+        if figure_of_grid:
+            _say_paths(plots.save(figure_of_grid, out or results / "figures", title, kinds))
     return tell(damaged)
+
+
+def _say_paths(paths: Sequence[Path]) -> None:
+    kinds = [path.suffix[1:] for path in paths]
+    say(f"{paths[0].with_suffix('')}.{{{','.join(kinds)}}}" if len(kinds) > 1 else str(paths[0]))
 
 
 @app.command()
@@ -108,32 +127,58 @@ def verdict(
     """Say whether final training error rises with depth, per block, with Welch's 95 % intervals over seeds.
 
     A deeper net degrades if its whole interval lies above 0, and does not degrade if it ends at most half a point
-    above; otherwise, and with one seed, it is undecided.
+    above; otherwise, and with one seed, it is undecided. Studies that differ in one field alone are shown side by side,
+    and each depth with the value that is best for it.
 
     Example: degrade verdict results/
     """
     studies, damaged = store.find_studies(results)
     epochs = epochs_of(results, studies, damaged)
 
-    from degrade.analysis.verdict import verdicts
+    from degrade.analysis.verdict import best_verdicts, grid_verdicts, verdicts
 
-    found = verdicts(epochs)
+    grids = _grids(studies)
+    side_by_side = {name for grid in grids for name in grid.values}
+    alone = [v for v in verdicts(epochs) if v.study not in side_by_side]
+    each = [grid_verdicts(epochs, grid) for grid in grids]
+    best = [best_verdicts(epochs, grid) for grid in grids]
     if as_json:
+        found = [*alone, *(v for pair in zip(each, best, strict=True) for part in pair for v in part)]
         print(json.dumps([v.as_dict() for v in found], indent=2, allow_nan=False))
         return tell(damaged)
+    of_what = "final training error, deeper minus shallower, in percentage points"
     for study in studies:
-        say(f"{study.name}: final training error, deeper minus shallower, in percentage points")
-        mine = [v for v in found if v.study == study.name]
-        if mine:
-            console.print(terminal.verdict_table(mine))
-        else:
-            say("nothing to compare: two finished depths of one block are needed")
-        if mine and mine[0].early:
-            of = f" of the paper's {paper.STEPS:,}" if study.shared["dataset"] == "cifar10" else ""
-            say(f"early in training: {mine[0].steps:,}{of} steps")
-        if lost := sorted({run for v in mine for run in v.diverged}):
-            say(f"diverged, counted at chance: {', '.join(lost)}")
-        for run in study.runs:
-            if run.status not in store.FINISHED:
-                say(f"left out: {run.folder.name} ({run.status})")
+        if study.name not in side_by_side:
+            mine = [v for v in alone if v.study == study.name]
+            say(f"{study.name}: {of_what}")
+            console.print(terminal.verdict_table(mine) if mine else NOTHING)
+            _say_what_to_know(mine, [study])
+    for grid, its_own, its_best in zip(grids, each, best, strict=True):
+        mine = [*its_own, *its_best]
+        say(f"{grid.field} in {', '.join(grid.values)}: {of_what}")
+        console.print(terminal.grid_table(mine, grid) if mine else NOTHING)
+        for line in terminal.best_lines(its_best, grid):
+            say(line)
+        _say_what_to_know(mine, [study for study in studies if study.name in grid.values])
     return tell(damaged)
+
+
+def _grids(studies: Sequence[store.Study]) -> "list[Grid]":
+    """Of the studies that were trained here and have an epoch."""
+    from degrade.analysis.verdict import grids
+
+    begun = [study for study in studies if not study.imported and any(run.epochs for run in study.runs)]
+    return grids({study.name: study.shared for study in begun})
+
+
+def _say_what_to_know(found: "Sequence[Verdict]", studies: Sequence[store.Study]) -> None:
+    """About the runs that were compared, and those that were not."""
+    if any(v.early for v in found):
+        of = f" of the paper's {paper.STEPS:,}" if studies[0].shared["dataset"] == "cifar10" else ""
+        lengths = dict.fromkeys((min(v.steps for v in found), max(v.steps for v in found)))
+        say(f"early in training: {' to '.join(f'{steps:,}' for steps in lengths)}{of} steps")
+    if lost := sorted({run for v in found for run in v.diverged}):
+        say(f"diverged, counted at chance: {', '.join(lost)}")
+    for run in (run for study in studies for run in study.runs):
+        if run.status not in store.FINISHED:
+            say(f"left out: {run.folder.name} ({run.status})")
