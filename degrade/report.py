@@ -88,7 +88,7 @@ READINGS = {
         "layers' would be far smaller than the last ones'.",
         f"{HE}, section 4.1",
     ),
-    "correlation": Reading(
+    "gradient-correlation": Reading(
         "Correlation of nearby gradients",
         "How alike the gradients of two nearby inputs are. In deep plain nets the correlation is lost at small "
         "distances (the gradients are shattered); skip connections keep it.",
@@ -235,7 +235,7 @@ def _section(study: Study, epochs: "pd.DataFrame", anchor: str, out: Path) -> Se
     found = verdicts(rows) if len(final) else []
     if len(final):
         section.headline = headline(found) or "nothing to compare: two finished depths of one block are needed"
-        section.findings = [(v.verdict, in_words(v)) for v in found]
+        section.findings = [(v.verdict, in_words(v)) for v in deepest(found)]
         section.tables["numbers"] = _numbers(final)
     if found:
         section.tables["verdict"] = _verdict_table(found)
@@ -287,14 +287,20 @@ def _and(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+def deepest(found: Sequence[Verdict]) -> list[Verdict]:
+    """The last comparison of each block, and of the contrast; verdicts come by depth."""
+    return list({v.block: v for v in found}.values())
+
+
 def headline(found: Sequence[Verdict]) -> str:
     """Of each block the deepest comparison: `plain nets degrade (56 v 20 layers: +16.73); ...`"""
     words = {"degrades": "degrade", "does not degrade": "do not degrade", "undecided": "undecided"}
-    deepest = {v.block: v for v in found if v.block != CONTRAST}  # verdicts come by depth
     parts = []
-    for block, v in deepest.items():
+    for v in deepest(found):
+        if v.block == CONTRAST:
+            continue
         said = f": {words[v.verdict]}" if v.verdict == "undecided" else f" {words[v.verdict]}"
-        parts.append(f"{block} nets{said} ({v.deep} v {v.shallow} layers: {100 * v.difference:+.2f} points)")
+        parts.append(f"{v.block} nets{said} ({v.deep} v {v.shallow} layers: {100 * v.difference:+.2f} points)")
     return "; ".join(parts)
 
 
@@ -417,12 +423,12 @@ def _pictures(study: Study, rows: "pd.DataFrame", final: "pd.DataFrame", out: Pa
 
 
 def _reading(name: str) -> Reading:
-    """Of `responses`, or of `responses-init`, which is the same of something else."""
+    """Of `responses`, or of `responses-at-init`, which is the same of something else."""
     stem, _, rest = name.partition("-")
     if name in READINGS:
         return READINGS[name]
     if stem in READINGS:
-        return READINGS[stem]._replace(title=f"{READINGS[stem].title} ({_plain(rest)})")
+        return READINGS[stem]._replace(title=f"{READINGS[stem].title} ({_plain(rest.replace('-', ' '))})")
     return Reading(_plain(name), "A figure that lies in the study's folder.")
 
 

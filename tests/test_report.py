@@ -51,7 +51,7 @@ def results(tmp_path_factory):
     write_run(full, RunConfig(**swept("plain", 110, 0)), [])
     (full / "figures").mkdir()
     (full / "figures" / "lesion.svg").write_bytes(SVG)
-    (full / "figures" / "responses-init.svg").write_bytes(SVG)
+    (full / "figures" / "responses-at-init.svg").write_bytes(SVG)
     (full / "figures" / "training-error.png").write_bytes(b"there")
     (full / "figures" / "huge.png").write_bytes(bytes(report.LARGEST + 1))
     return root
@@ -223,7 +223,7 @@ def test_every_picture_is_inside_the_page_and_has_its_alt_text(page):
     ids = [attributes["id"] for _, attributes in reader.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
-    assert "Layer responses (init)" in page
+    assert "Layer responses (at init)" in page
     assert "huge" not in page
 
 
