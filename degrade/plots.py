@@ -58,7 +58,7 @@ def figures(epochs: "pd.DataFrame") -> dict[str, Figure]:
 
 
 def draw_by_depth(final: "pd.DataFrame", measure: str) -> Figure:
-    """The final `measure` v depth, plain and residual in one figure."""
+    """The final `measure` v depth, all blocks in one figure."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     by_depth(figure.add_subplot(), final, measure)
     figure.suptitle(f"Final {MEASURES[measure]} v depth\n{_describe(final)}", fontsize=10)
@@ -169,7 +169,7 @@ def by_value(ax: Axes, final: "pd.DataFrame", grid: Grid, measure: str) -> Axes:
 
 
 def draw_curves(epochs: "pd.DataFrame") -> Figure:
-    """The error curves of Fig. 6: plain on the left, residual on the right, on one scale."""
+    """The error curves of Fig. 6, on one scale: a panel for each block, plain on the left."""
     epochs = _comparable(epochs)
     blocks = [block for block in BLOCKS if (epochs["block"] == block).any()]
     figure = Figure(figsize=(4.4 * len(blocks) + 1.4, 4.2), layout="constrained")
@@ -195,7 +195,7 @@ def curves(ax: Axes, epochs: "pd.DataFrame", block: str) -> Axes:
     Args:
         ax: to draw on.
         epochs: rows of one study, as `store.load` gives them.
-        block: "plain" or "residual".
+        block: of `config.BLOCKS`.
     """
     depths = sorted(set(epochs["depth"]))
     colours = matplotlib.colormaps["viridis"]

@@ -85,7 +85,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     table = make_table("nets", ">depths", ">seeds", ">rise", ">95 % interval", "verdict")
     for v in verdicts:
         table.add_row(
-            v.block.replace("-", " - "),
+            v.block,
             f"{v.deep} v {v.shallow}",
             str(v.seeds),
             f"{100 * v.difference:+.2f}",

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -510,17 +509,3 @@ def test_the_source_folder_runs_without_installed_metadata():
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.startswith("degrade 0."), result.stderr
-
-
-@pytest.mark.parametrize("spec", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda path: path.stem)
-def test_every_experiment_is_a_valid_sweep_with_its_header(cli, spec, tmp_path):
-    header = spec.read_text().partition("\n\n")[0]
-    for word in ("Command:", "Expected:", "Measured:", "Hardware:"):
-        assert word in header
-    assert f"degrade sweep experiments/{spec.name}" in header
-    values = tomllib.loads(spec.read_text())
-    small = ("--width", "2", "--batch-size", "4", "--device", "cpu")
-    result = cli("sweep", spec, "--out", tmp_path, "--dry-run", *small)
-    assert result.exit_code == 0, result.stdout
-    count = len(values["depths"]) * len(values["blocks"]) * len(values["seeds"])
-    assert f"{count} runs, {count} to train" in result.stdout.replace("\n", "")

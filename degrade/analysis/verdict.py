@@ -31,7 +31,7 @@ class Verdict:
 
     Args:
         study: its name; of the best of a grid, the names of those compared.
-        block: "plain", "residual", or "plain-residual": the plain nets' difference minus the residual nets'.
+        block: "plain", "residual", "preact", or "plain-residual": the plain nets' difference minus the residual nets'.
         shallow, deep: the two depths.
         seeds: the smallest number of seeds among the groups compared.
         difference: of the mean errors, a fraction; positive where the deeper net is worse.
