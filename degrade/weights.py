@@ -81,11 +81,11 @@ def _load(run: Run, mean: Tensor, path: Path) -> Trained:
             raise ValueError(f"it is of {state.config.run_id}, not of {run.config.run_id}")
         tensors, step, sha256 = state.net, state.step, path.stem.rpartition("-")[2]
     net = make_net(run.config)
-    there = {name: (tuple(t.shape), t.is_floating_point()) for name, t in tensors.items()}
-    mine = {name: (tuple(t.shape), t.is_floating_point()) for name, t in net.state_dict().items()}
-    if there != mine:
+    mine = net.state_dict()
+    if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in mine.items()}:
         raise ValueError(f"its tensors are not those of {run.config.block}-{run.config.depth}")
-    net.load_state_dict(tensors)
+    for name, tensor in mine.items():  # the net's own memory
+        tensor.copy_(tensors[name])
     net.to(mean.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Trained(net.eval(), run.config, step, sha256, mean)
 

@@ -5,14 +5,14 @@ import io
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
-from degrade import __version__, store
+from degrade import __version__, store, terminal
 from degrade.config import RunConfig
 from degrade.errors import Failure
 from degrade.stopping import Stopped
@@ -30,6 +30,9 @@ app = typer.Typer(
     "(He et al. 2015), and residual nets do not.",
 )
 console = Console()
+DataDir = Annotated[
+    Path | None, typer.Option(help="Where the data are.", show_default="$DEGRADE_DATA, else ~/.cache/degrade")
+]
 Results = Annotated[Path, typer.Argument(help="A folder of results: of one study, or of several.")]
 
 
@@ -191,6 +194,17 @@ def machine_of(
     if missing:
         note(missing)
     return machine
+
+
+def train_live(
+    study: store.Study, runs: Sequence[store.Run], machine: "Machine", data_dir: Path, seconds: Mapping[str, float]
+) -> None:
+    """Train the runs, shown live; `seconds` are those that each whole run will take, by run id."""
+    from degrade.sweep import sweep
+
+    with terminal.SweepView(console, runs, seconds, machine.jobs * machine.pack) as view:
+        for run, event in sweep(study, runs, machine, data_dir):
+            view.show(run, event)
 
 
 def how(machine: "Machine") -> str:

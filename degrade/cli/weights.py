@@ -3,15 +3,18 @@
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.progress import track
 
 from degrade import store, terminal
-from degrade.cli.app import app, console, leave, names, say, study_folder
+from degrade.cli.app import DataDir, app, auto, console, leave, machine_of, names, say, study_folder, train_live
 from degrade.config import PADDINGS, PROTOCOLS, RunConfig, overridden, protocol_fields, study_name
 from degrade.log import Epoch
+from degrade.stopping import stopping
 
 
 @app.command("import")
@@ -43,9 +46,7 @@ def import_(
     weights_of: Annotated[str, typer.Option(help="The epoch the weights are of: last, best on test, or N.")] = "last",
     claimed_test_error: Annotated[float | None, typer.Option(help="In percent.", show_default="the log's")] = None,
     claimed_train_error: Annotated[float | None, typer.Option(help="In percent.", show_default="the log's")] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Where the data are.", show_default="$DEGRADE_DATA, else ~/.cache/degrade")
-    ] = None,
+    data_dir: DataDir = None,
 ) -> None:
     """Bring published weights into a study as a run of their own, and measure them.
 
@@ -159,9 +160,7 @@ def export(
     to: Annotated[
         Path | None, typer.Option(help="A file, .pt or .safetensors.", show_default="<run id>.pt, here")
     ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Where the data are.", show_default="$DEGRADE_DATA, else ~/.cache/degrade")
-    ] = None,
+    data_dir: DataDir = None,
 ) -> None:
     """Write a run's newest weights for others: a state dict, and a JSON file that says what the net is and takes.
 
@@ -181,6 +180,87 @@ def export(
     trained = load_weights(there, load_splits(there.config, where, "cpu").mean)
     for path in export_weights(trained, there, target):
         say(str(path))
+
+
+@app.command()
+@stopping("stopped; the same command goes on from the last checkpoint")
+def identity(
+    run: Annotated[Path, typer.Argument(help="The folder of a trained run.")],
+    depth: Annotated[int, typer.Option(help="Of the deeper net, 6n+2.")],
+    steps: Annotated[int, typer.Option(help="Train on from there, for so many updates.")] = 0,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate, constant.", show_default="a tenth of the run's first")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of results.", show_default="the run's")] = None,
+    study: Annotated[str | None, typer.Option(help="Its folder there.", show_default="...-identity-...")] = None,
+    data_dir: DataDir = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps; of training on.")] = "auto",
+    threads: Annotated[str, typer.Option(help="CPU threads; auto: all cores.")] = "auto",
+    compiled: Annotated[str, typer.Option("--compile", help="on, off, or auto: where it is long.")] = "auto",
+) -> None:
+    """Build a deeper net from a trained one, with identity layers; prove that it is no worse; train on from there.
+
+    Example: degrade identity results/cifar10-paper/plain-20-s0-b1f8c9d2 --depth 56 --steps 391
+    """
+    if steps < 0:
+        raise ValueError(f"--steps must be at least 0; got {steps}")
+    there = open_run(run)
+
+    from degrade import bench, construction, data, plots
+    from degrade import sweep as engine
+    from degrade.engine.process import prepare_process
+    from degrade.train import load_splits
+    from degrade.weights import load_weights
+
+    construction.check(there, depth)
+    results = out or there.folder.resolve().parent.parent
+    name = f"{there.study}-identity-{there.config.block}-{there.config.depth}-{depth}-s{there.config.seed}"
+    folder = study_folder(results, study if study is not None else name)
+    where = data_dir or data.default_data_dir()
+    data.fetch(there.config.dataset, where)
+    prepare_process(auto(threads, "--threads") or os.cpu_count() or 1)
+    splits = load_splits(there.config, where, "cpu")
+    trained = load_weights(there, splits.mean)
+    base = construction.deeper_config(trained, there, depth, steps=max(steps, 1), lr=_rate(lr, there.config))
+    chosen = store.Study(folder, folder.name, _protocol(there), base.shared())
+    if (folder / store.STUDY).exists():
+        chosen = store.Study.open(folder)
+        chosen.check([base] if steps else [])
+    record = construction.read(folder)
+    if record is None or record["source"]["weights"] != trained.sha256:
+        record = construction.prove(trained, there, depth, splits, _track)
+        construction.write(chosen, record)
+    continued = None
+    if steps:
+        construction.begin(chosen, base, trained, splits)
+        (continued,) = engine.find_runs(chosen, [base])
+        if continued.status not in store.FINISHED:
+            device = engine.resolve_device(device)
+            machine = machine_of(device, [base], "1", threads, "auto", compiled)
+            train_live(chosen, [continued], machine, where, bench.estimate([base], machine))
+            (continued,) = engine.find_runs(chosen, [base])
+    scratch = construction.from_scratch(there, depth)
+    record["finding"] = construction.finding(record, continued, scratch)
+    construction.write(chosen, record)
+    if continued and continued.epochs:
+        figure = plots.draw_identity(record, continued.epochs, scratch.epochs if scratch else [], base.dataset)
+        for path in plots.save(figure, folder / "figures", "identity"):
+            say(str(path))
+    say(record["finding"])
+    if continued and continued.status != "done":
+        leave(f"{continued.folder} is {continued.status}{f': {continued.error}' if continued.error else ''}", 1)
+
+
+def _rate(lr: float | None, config: RunConfig) -> float:
+    return config.lr / 10 if lr is None else lr
+
+
+def _protocol(run: store.Run) -> str:
+    return store.Study.open(run.folder.resolve().parent).protocol
+
+
+def _track(parts: Iterable[Any], what: str, count: int) -> Iterable[Any]:
+    return track(parts, what, count, console=console, disable=not console.is_terminal)
 
 
 def open_run(folder: Path) -> store.Run:

@@ -1,0 +1,196 @@
+"""`degrade identity`: the deeper net built from a trained shallower one, proved to be no worse, and trained on.
+
+What was proved is in identity.json, in a study of its own; where training goes on, its run is there too.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from degrade import commit, store
+from degrade.analysis import identity
+from degrade.analysis.identity import Comparison
+from degrade.config import RunConfig, blocks_per_stage
+from degrade.data import Splits
+from degrade.data.plan import SamplePlan
+from degrade.errors import Failure
+from degrade.store import Run, Study
+from degrade.train import Training, training_batch
+from degrade.weights import Trained, make_net
+
+IDENTITY = "identity.json"
+CALIBRATION_BATCHES = 50
+
+T = TypeVar("T")
+Progress = Callable[[Iterable[T], str, int], Iterable[T]]  # of what is iterated, what it is called, and how many
+
+
+def check(run: Run, depth: int) -> None:
+    """
+    Raises:
+        ValueError: `depth` is not 6n+2, or cannot hold the run's net and more.
+        Failure: the run has not been trained to its end.
+    """
+    blocks_per_stage(depth)
+    if depth <= run.config.depth:
+        raise ValueError(f"depth must be above the run's, {run.config.depth}, to hold its net; got {depth}")
+    if run.outcome != "done":
+        raise Failure(
+            f"{run.folder} is {run.status}; the identity construction needs a net that was trained to its end"
+        )
+
+
+def prove(trained: Trained, run: Run, depth: int, splits: Splits, progress: Progress[Any]) -> dict[str, Any]:
+    """Build the deeper net and compare it with the shallow one in eval mode on all images of both splits, and in
+    training mode, as training on would begin, on some batches.
+
+    Args:
+        trained: the shallow net.
+        run: whose it is.
+        depth: of the deeper net.
+        splits: the run's images.
+        progress: wraps what takes a while.
+
+    Returns:
+        What goes into identity.json.
+    """
+    config = replace(trained.config, depth=depth)
+    exact, close = make_net(config).eval(), make_net(config).eval()
+    identity.deepen(trained.net, exact)
+    batches = training_batches(trained.config, splits, CALIBRATION_BATCHES)
+    start_net(trained, close, batches)
+    record: dict[str, Any] = {
+        "source": {"study": run.study, "run": run.folder.resolve().name, "weights": trained.sha256},
+        "block": config.block,
+        "shallow": trained.config.depth,
+        "deep": depth,
+        "blocks_added_to_each_stage": blocks_per_stage(depth) - blocks_per_stage(trained.config.depth),
+    }
+    for split, images in (("train", splits.train), ("test", splits.test)):
+        parts = identity.normalised(images, splits.mean)
+        count = -(-len(images) // identity.BATCH_SIZE)
+        compared = identity.compare(trained.net, exact, progress(parts, f"{split} images", count))
+        record[split] = compared._asdict()
+    record["start"] = {  # of training on
+        "eval_mode": identity.compare(trained.net, close, batches)._asdict(),
+        "training_mode": identity.compare(trained.net, close, batches, training=True)._asdict(),
+    }
+    return record
+
+
+def training_batches(config: RunConfig, splits: Splits, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The first batches that a run of this configuration trains on, augmented: (B, 3, H, W) and labels (B,)."""
+    plan = SamplePlan(len(splits.train), config.batch_size, config.seed)
+    return [training_batch(splits, plan.batch(step)) for step in range(count)]
+
+
+def start_net(trained: Trained, deep: Any, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Make `deep` the net that training on starts from: a plain net's added BNs are calibrated to the batches."""
+    calibrated = identity.stage_statistics(trained.net, (x for x, _ in batches))
+    identity.deepen(trained.net, deep, calibrated)
+
+
+def begin(study: Study, config: RunConfig, trained: Trained, splits: Splits) -> None:
+    """Put the run into the study, with a checkpoint at step 0 that holds the constructed net. One that is there stays.
+
+    Args:
+        study: of its own.
+        config: of the deeper run; its `init` names the shallow one.
+        trained: the shallow net.
+        splits: the run's images.
+    """
+    study.create([config])
+    folder = study.folder / config.run_id / store.CHECKPOINTS
+    with commit.hold(folder.parent / store.LOCK):
+        if commit.checkpoints(folder):
+            return
+        training = Training(config, splits)
+        start_net(trained, training.net, training_batches(trained.config, splits, CALIBRATION_BATCHES))
+        commit.make_folder(folder)
+        commit.write_checkpoint(folder, 0, training.state())
+
+
+def deeper_config(trained: Trained, run: Run, depth: int, *, steps: int, lr: float) -> RunConfig:
+    """Of the run that goes on from the constructed net, at a constant learning rate.
+
+    Raises:
+        ValueError: naming the field, the rule and the value.
+    """
+    init = f"identity:{run.folder.resolve().name}:{trained.sha256[:12]}"
+    return replace(run.config, depth=depth, init=init, steps=steps, lr=lr, milestones=(), warmup_steps=0)
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The identity.json of a study; None where there is none."""
+    try:
+        return store.read_json(folder / IDENTITY)
+    except FileNotFoundError:
+        return None
+
+
+def from_scratch(run: Run, depth: int) -> Run | None:
+    """The finished run of that depth in the shallow run's study: of the same seed, if there is one."""
+    study = Study.open(run.folder.parent)
+    same = [
+        other
+        for other in study.runs
+        if (other.config.block, other.config.depth) == (run.config.block, depth) and other.outcome == "done"
+    ]
+    return min(same, key=lambda other: other.config.seed != run.config.seed, default=None)
+
+
+def finding(record: dict[str, Any], continued: Run | None, scratch: Run | None) -> str:
+    """What the construction shows, in a sentence or a few.
+
+    Args:
+        record: of identity.json.
+        continued: the run that was trained on from the constructed net, if any.
+        scratch: a run of the same depth trained from scratch, if any.
+    """
+    deep, shallow = f"{record['block']}-{record['deep']}", f"{record['block']}-{record['shallow']}"
+    train = Comparison(**record["train"])
+    same = (
+        "every logit bit for bit"
+        if not train.differing
+        else f"the logits to within {train.max_difference:.2g} ({train.differing:,} of {train.images:,} images differ)"
+    )
+    text = (
+        f"Built from {shallow} with identity layers, {deep} gives {same} on {train.images:,} training images, "
+        f"and with them {_percent(train.deep_error)} training error (shallow: {_percent(train.shallow_error)})."
+    )
+    if scratch:
+        text += f" Trained from scratch, {deep} ends at {_percent(scratch.epochs[-1].train_error)}."
+    if continued and continued.epochs:
+        last = continued.epochs[-1]
+        worse = last.train_error - train.deep_error
+        verdict = "training left the solution" if worse > 0.005 else "training did not leave it"
+        steps = f"{last.step:,} step{'' if last.step == 1 else 's'}"
+        text += (
+            f" After {steps} from the construction at lr {continued.config.lr:g} it is at "
+            f"{_percent(last.train_error)}: {verdict}."
+        )
+    gap = Comparison(**record["start"]["training_mode"])
+    text += (
+        f" In training mode, with batch statistics, its error at step 0 is {_percent(gap.deep_error)} "
+        f"where the shallow net's is {_percent(gap.shallow_error)}."
+    )
+    return text
+
+
+def _percent(error: float) -> str:
+    return f"{100 * error:.2f} %"
+
+
+def write(study: Study, record: dict[str, Any]) -> None:
+    """
+    Raises:
+        Failure: identity.json is there already, of other weights.
+    """
+    there = read(study.folder)
+    if there and (there["source"], there["deep"]) != (record["source"], record["deep"]):
+        raise Failure(f"{study.folder / IDENTITY} is of {there['source']['run']}; --study gives this one its own")
+    commit.make_folder(study.folder)
+    commit.write_file(study.folder / IDENTITY, store.to_json(record))
