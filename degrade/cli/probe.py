@@ -1,0 +1,195 @@
+"""`degrade probe`"""
+
+import re
+import time
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from degrade import store, terminal
+from degrade.cli.app import Results, app, console, count, distinct, machine_of, names, numbers, say, tell
+from degrade.config import RunConfig
+from degrade.errors import Failure
+from degrade.stopping import stopping
+
+if TYPE_CHECKING:
+    from degrade.probe import Part
+
+FORMATS = ("png", "svg", "pdf")
+
+
+@app.command()
+@stopping("stopped; the same command goes on from the last rows committed")
+def probe(
+    results: Results = Path("results"),
+    probes: Annotated[
+        str | None,
+        typer.Option(
+            help="Of responses, gradients, lesion, landscape, bn.",
+            show_default="all; at init responses, gradients, landscape",
+        ),
+    ] = None,
+    depths: Annotated[str | None, typer.Option(help="Only these.", show_default="all")] = None,
+    blocks: Annotated[str | None, typer.Option(help="Only these.", show_default="all")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Only these.", show_default="all")] = None,
+    at_init: Annotated[
+        bool, typer.Option("--at-init", help="Fresh initialisations of the runs, instead of their trained nets.")
+    ] = False,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="At most so many: test images for lesion, both for bn, else training images.",
+            show_default="1000; gradients 512; bn all",
+        ),
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(help="90s, 10m, 2h: for all landscapes together; sets their points and images.")
+    ] = "10m",
+    points: Annotated[
+        int | None,
+        typer.Option(
+            help="A side of a landscape, odd; its line has 2 N + 1.",
+            metavar="N",
+            show_default="25, or what fits the budget on 100 images",
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where the data are.", show_default="$DEGRADE_DATA, else ~/.cache/degrade")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    threads: Annotated[str, typer.Option(help="CPU threads; auto: all cores.")] = "auto",
+    formats: Annotated[str, typer.Option(help="Any of png, svg, pdf.")] = "png,svg,pdf",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+) -> int:
+    """Look into trained nets: layer responses, gradients, deleted blocks, the loss around them, BN's statistics.
+
+    Takes the finished runs of every study. The same command again skips what is done and goes on where it stopped.
+    Tables go into probes/ of each study, figures into figures/.
+
+    Example: degrade probe results/ --probes responses,lesion --depths 20,56
+    """
+    chosen = distinct(names(probes, "--probes"), "probes", str) if probes else []
+    wanted = {
+        "depth": numbers(depths, "--depths"),
+        "block": names(blocks, "--blocks"),
+        "seed": numbers(seeds, "--seeds"),
+    }
+    kinds = names(formats, "--formats") or []
+    if unknown := [kind for kind in kinds if kind not in FORMATS]:
+        raise ValueError(f"--formats must be of {', '.join(FORMATS)}; got {unknown[0]!r}")
+    seconds = _seconds(budget)
+    studies, damaged = store.find_studies(results)
+
+    from degrade import probe as engine
+    from degrade.engine.process import prepare_process
+    from degrade.sweep import resolve_device
+
+    if unknown := [name for name in chosen if name not in engine.PROBES]:
+        raise ValueError(f"--probes must be of {', '.join(engine.PROBES)}; got {unknown[0]!r}")
+    wish = engine.Wish(at_init, images, seconds, points)
+    parts: list[Part] = []
+    for study in studies:
+        runs = [r for r in study.runs if all(v is None or getattr(r.config, k) in v for k, v in wanted.items())]
+        found, left_out = engine.find_parts(study, runs, chosen, wish)
+        parts += found
+        damaged += left_out
+    if not parts:
+        raise Failure(damaged[0]) if damaged else ValueError(f"{results} holds no such run that is done")
+    machine = machine_of(resolve_device(device), [], "1", threads, "1", "off")
+    prepare_process(machine.threads, machine.device)
+
+    def image_seconds(config: RunConfig) -> float:
+        return engine.image_seconds(config, machine.device)
+
+    parts = engine.with_points(parts, wish, image_seconds)
+    needed = [0.0 if part.done else part.passes * image_seconds(part.run.config) for part in parts]
+    _print_plan(parts, needed)
+    if any(needed):
+        where = f"{machine.device}, {count(machine.threads, 'thread')}"
+        say(f"About {terminal.duration(sum(needed))} on this machine: {where}")
+    if dry_run:
+        return tell(damaged)
+    _measure(parts, needed, data_dir, machine.device)
+    _draw(parts, kinds)
+    return tell(damaged)
+
+
+def _seconds(text: str) -> float:
+    """`90s`, `10m` or `2h`."""
+    if not (found := re.fullmatch(r"([0-9]{1,6})([smh])", text)) or not int(found[1]):
+        raise ValueError(f"--budget must be like 90s, 10m or 2h; got {text!r}")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def _print_plan(parts: Sequence["Part"], needed: Sequence[float]) -> None:
+    """A line for each probe of each study: how many nets, how many of them are left, on what, and for how long."""
+    pairs = sorted(zip(parts, needed, strict=True), key=lambda pair: pair[0].study.name)
+    for name, group in groupby(pairs, key=lambda pair: pair[0].study.name):
+        table = terminal.make_table("probe", ">nets", ">to measure", ">images", ">time", "")
+        for probe, some in groupby(group, key=lambda pair: pair[0].probe):
+            mine = list(some)
+            left = [seconds for _, seconds in mine if seconds]
+            begun = sum(bool(part.begun) for part, _ in mine)
+            images = sorted({part.asked["images"] for part, _ in mine})
+            points = mine[0][0].asked.get("points")
+            table.add_row(
+                probe,
+                str(len(mine)),
+                f"{len(left)}, {begun} begun" if begun else str(len(left)),
+                " or ".join(f"{number:,}" for number in images),
+                terminal.duration(sum(left)) if left else "-",
+                f"{points} x {points} points, and {2 * points + 1} on a line" if points else "",
+            )
+        say(f"Study {name}: {'fresh initialisations' if parts[0].init else 'trained nets'}")
+        console.print(table)
+
+
+def _measure(parts: Sequence["Part"], needed: Sequence[float], data_dir: Path | None, device: str) -> None:
+    """Fetch the data and measure: a bar on a terminal, elsewhere a line a part."""
+    from degrade import data
+    from degrade.probe import probe_parts
+
+    folder = data_dir or data.default_data_dir()
+    for dataset in sorted({part.run.config.dataset for part, seconds in zip(parts, needed, strict=True) if seconds}):
+        data.fetch(dataset, folder)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeRemainingColumn(),
+    )
+    weights = dict(zip((part.path for part in parts), needed, strict=True))
+    done, start = 0.0, time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=sum(needed))
+        for part, rows in probe_parts(parts, folder, device):
+            label = f"{part.probe} {terminal.label(part.run.config)}"
+            seconds = weights[part.path]
+            bar.update(task, description=label, completed=done + seconds * rows / part.rows)
+            if rows == part.rows:
+                done += seconds
+                taken, start = time.monotonic() - start, time.monotonic()
+                if not console.is_terminal:
+                    say(f"{label}: {rows} rows, {terminal.duration(taken)}")
+
+
+def _draw(parts: Sequence["Part"], kinds: Sequence[str]) -> None:
+    """Draw what has been measured of each study, and say where it is."""
+    import pandas as pd
+
+    from degrade import plots, probe_plots
+    from degrade.probe import folder_of
+
+    for study in {part.study.folder: part.study for part in parts}.values():
+        for probe in dict.fromkeys(part.probe for part in parts if part.study == study):
+            path = folder_of(study) / f"{probe}.csv"
+            say(str(path))
+            about = f"{study.name}: {study.shared['dataset']}, protocol {study.protocol}, width {study.shared['width']}"
+            for name, figure in probe_plots.figures(probe, pd.read_csv(path), about).items():
+                paths = plots.save(figure, study.folder / "figures", name, kinds)
+                say(f"{paths[0].with_suffix('')}.{{{','.join(kinds)}}}" if len(kinds) > 1 else str(paths[0]))
