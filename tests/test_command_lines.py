@@ -102,6 +102,7 @@ FIELDS = {
     "--milestones": ["3", "12,18", "18,12", "-1"],
     "--decay": ["all", "conv", "none"],
     "--shortcut": ["A", "B", "C", "a"],
+    "--grid": ["lr=0.1,0.2", "lr=0.1,0.1", "lr=", "width=1,2,x", "depth=8,14", "init=he,zero-gamma", "steps=1,2"],
 } | {f"--{name}": ["0", "1", "8", "100", "1.5", "0.1", "1e-3", "1000000000000"] for name in NUMBERS}
 STORED = {
     "--out": PLACES,
@@ -163,12 +164,37 @@ def command_lines(draw):
 
 
 KEYS = (
-    *("depths", "blocks", "seeds", "dataset", "protocol", "study", "lr", "steps", "milestones", "width", "precision"),
+    *(
+        "depths",
+        "blocks",
+        "seeds",
+        "dataset",
+        "protocol",
+        "study",
+        "lr",
+        "steps",
+        "milestones",
+        "width",
+        "precision",
+        "grid",
+    ),
     *("train-images", "train_images", "nesterov", "out", '"a\\nb"', '""', '"\\u001b[31m"'),
 )
 SETTINGS = (
     *("[8]", "[8, 14]", '["plain"]', "[]", "[true]", "[8.0]", "[[8]]", "nan", "-1", "0.1", "true", "1979-05-27"),
-    *('"shapes"', '"smoke"', '"../x"', '"a\\u0000b"', '"a\\nb"', f'"{"x" * 300}"', "{a = 1}", "9" * 30, "9" * 5000),
+    *(
+        '"shapes"',
+        '"smoke"',
+        '"../x"',
+        '"a\\u0000b"',
+        '"a\\nb"',
+        f'"{"x" * 300}"',
+        "{a = 1}",
+        "{lr = [0.1, 0.2]}",
+        "{width = [8, 8]}",
+        "9" * 30,
+        "9" * 5000,
+    ),
 )
 BROKEN = (
     *(b"", b"\0", b"\xff\xfe", b"depths = [8", b"depths = [8]\r\n", b"\xef\xbb\xbfdepths = [8]", b"a.b.c = 1"),

@@ -155,7 +155,8 @@ def verdict(
             _say_what_to_know(mine, [study])
     for grid, its_own, its_best in zip(grids, each, best, strict=True):
         mine = [*its_own, *its_best]
-        say(f"{grid.field} in {', '.join(grid.values)}: {of_what}")
+        seeds = f", {count(min(v.seeds for v in mine), 'seed')} or more" if mine else ""
+        say(f"{grid.field} in {', '.join(grid.values)}: {of_what}{seeds}")
         console.print(terminal.grid_table(mine, grid) if mine else NOTHING)
         for line in terminal.best_lines(its_best, grid):
             say(line)

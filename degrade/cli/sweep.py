@@ -201,6 +201,8 @@ def sweep(
         return
     for plan in plans:
         if plan.todo:
+            if len(plans) > 1:
+                say(f"Study {plan.study.folder}")
             _train(plan, data_dir, seconds)
     _print_results([plan._replace(runs=engine.find_runs(plan.study, plan.configs)) for plan in plans], out)
 
@@ -284,6 +286,10 @@ def _open(folder: Path, asked: Asked, nets: dict[str, list[Any]], device: str) -
     from degrade.sweep import default_precision
 
     there = store.Study.open(folder) if (folder / store.STUDY).exists() else None
+    if there and there.imported:
+        raise ValueError(
+            f"study {there.name} holds imported runs; give this sweep a study of its own with --study NAME"
+        )
     precision = there.shared["precision"] if there else default_precision(device)
     configs = configs_of(nets, asked.dataset, protocol_fields(asked.protocol, {"precision": precision} | asked.fields))
     check_precision(configs[0].precision, device)
