@@ -71,7 +71,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
         row = run.record()
         table.add_row(
             row["id"],
-            Text(row["status"], STYLES.get(row["status"], "")),
+            Text("imported" if row["imported"] else row["status"], STYLES.get(row["status"], "")),
             str(row["epoch"]),
             f"{row['step']:,}",
             percent(row["train_error"]),
@@ -97,7 +97,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
 
 def grid_table(verdicts: Sequence[Verdict], grid: Grid) -> Table:
     """Each comparison at every value of the grid, then best against best, in percentage points."""
-    table = make_table("nets", ">depths", f">{grid.field}", ">rise", ">95 % interval", "verdict")
+    table = make_table("nets", ">depths", f">{grid.field}", ">rise", ">95 % interval", "verdict")  # in 80 columns
     for _, group in groupby(sorted(verdicts, key=Verdict.place), key=Verdict.place):
         if table.rows:
             table.add_row()

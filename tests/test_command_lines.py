@@ -164,37 +164,13 @@ def command_lines(draw):
 
 
 KEYS = (
-    *(
-        "depths",
-        "blocks",
-        "seeds",
-        "dataset",
-        "protocol",
-        "study",
-        "lr",
-        "steps",
-        "milestones",
-        "width",
-        "precision",
-        "grid",
-    ),
-    *("train-images", "train_images", "nesterov", "out", '"a\\nb"', '""', '"\\u001b[31m"'),
+    *("depths", "blocks", "seeds", "dataset", "protocol", "study", "lr", "steps", "milestones", "width", "precision"),
+    *("grid", "train-images", "train_images", "nesterov", "out", '"a\\nb"', '""', '"\\u001b[31m"'),
 )
 SETTINGS = (
     *("[8]", "[8, 14]", '["plain"]', "[]", "[true]", "[8.0]", "[[8]]", "nan", "-1", "0.1", "true", "1979-05-27"),
-    *(
-        '"shapes"',
-        '"smoke"',
-        '"../x"',
-        '"a\\u0000b"',
-        '"a\\nb"',
-        f'"{"x" * 300}"',
-        "{a = 1}",
-        "{lr = [0.1, 0.2]}",
-        "{width = [8, 8]}",
-        "9" * 30,
-        "9" * 5000,
-    ),
+    *('"shapes"', '"smoke"', '"../x"', '"a\\u0000b"', '"a\\nb"', f'"{"x" * 300}"', "{a = 1}", "9" * 30, "9" * 5000),
+    *("{lr = [0.1, 0.2]}", "{width = [8, 8]}", "{depth = [8]}"),
 )
 BROKEN = (
     *(b"", b"\0", b"\xff\xfe", b"depths = [8", b"depths = [8]\r\n", b"\xef\xbb\xbfdepths = [8]", b"a.b.c = 1"),

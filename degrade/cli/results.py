@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
 from degrade import paper, store, terminal
 from degrade.cli.app import Results, app, console, count, epochs_of, leave, names, say, say_errors, tell
 
 if TYPE_CHECKING:
     from degrade.analysis.verdict import Grid, Verdict
-
-NOTHING = "nothing to compare: two finished depths of one block are needed"
 
 
 @app.command()
@@ -105,12 +104,13 @@ def plot(
         for title, figure in plots.figures(rows).items():
             _say_paths(plots.save(figure, folder, title, kinds))
     grids = _grids(studies)
+    fields = [grid.field for grid in grids]
     for grid in grids:
-        figure_of_grid = plots.draw_grid(epochs, grid)
-        alone = [other.field for other in grids].count(grid.field) == 1
-        title = f"grid-{grid.field}" + ("" if alone else f"-{min(grid.values).replace('/', '-')}")
-        if figure_of_grid:
-            _say_paths(plots.save(figure_of_grid, out or results / "figures", title, kinds))
+        name = f"grid-{grid.field}"
+        if fields.count(grid.field) > 1:
+            name += f"-{min(grid.values).replace('/', '-')}"
+        if side_by_side := plots.draw_grid(epochs, grid):
+            _say_paths(plots.save(side_by_side, out or results / "figures", name, kinds))
     return tell(damaged)
 
 
@@ -137,30 +137,23 @@ def verdict(
 
     from degrade.analysis.verdict import best_verdicts, grid_verdicts, verdicts
 
-    grids = _grids(studies)
-    side_by_side = {name for grid in grids for name in grid.values}
+    grids = [(grid, grid_verdicts(epochs, grid), best_verdicts(epochs, grid)) for grid in _grids(studies)]
+    side_by_side = {name for grid, _, _ in grids for name in grid.values}
     alone = [v for v in verdicts(epochs) if v.study not in side_by_side]
-    each = [grid_verdicts(epochs, grid) for grid in grids]
-    best = [best_verdicts(epochs, grid) for grid in grids]
     if as_json:
-        found = [*alone, *(v for pair in zip(each, best, strict=True) for part in pair for v in part)]
+        found = [*alone, *(v for _, each, best in grids for v in (*each, *best))]
         print(json.dumps([v.as_dict() for v in found], indent=2, allow_nan=False))
         return tell(damaged)
-    of_what = "final training error, deeper minus shallower, in percentage points"
     for study in studies:
         if study.name not in side_by_side:
             mine = [v for v in alone if v.study == study.name]
-            say(f"{study.name}: {of_what}")
-            console.print(terminal.verdict_table(mine) if mine else NOTHING)
-            _say_what_to_know(mine, [study])
-    for grid, its_own, its_best in zip(grids, each, best, strict=True):
-        mine = [*its_own, *its_best]
-        seeds = f", {count(min(v.seeds for v in mine), 'seed')} or more" if mine else ""
-        say(f"{grid.field} in {', '.join(grid.values)}: {of_what}{seeds}")
-        console.print(terminal.grid_table(mine, grid) if mine else NOTHING)
-        for line in terminal.best_lines(its_best, grid):
+            _say_verdicts(study.name, mine, terminal.verdict_table(mine), [study])
+    for grid, each, best in grids:
+        mine = [*each, *best]
+        members = [study for study in studies if study.name in grid.values]
+        _say_verdicts(f"{grid.field} in {', '.join(grid.values)}", mine, terminal.grid_table(mine, grid), members)
+        for line in terminal.best_lines(best, grid):
             say(line)
-        _say_what_to_know(mine, [study for study in studies if study.name in grid.values])
     return tell(damaged)
 
 
@@ -172,8 +165,13 @@ def _grids(studies: Sequence[store.Study]) -> "list[Grid]":
     return grids({study.name: study.shared for study in begun})
 
 
-def _say_what_to_know(found: "Sequence[Verdict]", studies: Sequence[store.Study]) -> None:
-    """About the runs that were compared, and those that were not."""
+def _say_verdicts(title: str, found: "Sequence[Verdict]", table: Table, studies: Sequence[store.Study]) -> None:
+    """The table of one study's comparisons, or of one grid's, and what there is to know about their runs."""
+    say(f"{title}: final training error, deeper minus shallower, in percentage points")
+    if found:
+        console.print(table)
+    else:
+        say("nothing to compare: two finished depths of one block are needed")
     if any(v.early for v in found):
         of = f" of the paper's {paper.STEPS:,}" if studies[0].shared["dataset"] == "cifar10" else ""
         lengths = dict.fromkeys((min(v.steps for v in found), max(v.steps for v in found)))
