@@ -41,6 +41,7 @@ PROBES = ("responses", "gradients", "lesion", "landscape", "bn")
 OF_FRESH_NETS = ("responses", "gradients", "landscape")  # the others need a net that is better than chance
 IMAGES = {"responses": 1000, "gradients": 512, "lesion": 1000, "landscape": 1000}  # bn: all
 BATCH = 128  # the paper's, whatever the run's: what batch normalisation does depends on it
+RECALIBRATION = 5000  # training images at least: the statistics of a few batches are worse than the running ones
 MAX_POINTS, MIN_POINTS, MIN_IMAGES = 25, 5, 100  # of a landscape that has to fit a budget
 COMMIT_SECONDS = 5.0
 FIRST = ("block", "depth", "seed", "id", "init")  # columns of every table
@@ -114,7 +115,7 @@ class Part:
             return len(self.asked["weights"]) * images * 3 * (2 + len(DISTANCES))
         if self.probe == "bn":
             train, test = bn_images(self.run.config, images)
-            return 3 * train + 2 * test
+            return recalibration_images(self.run.config, images) + 2 * (train + test)
         return images * (self.rows if self.probe in ("lesion", "landscape") else 1)
 
     @property
@@ -200,6 +201,10 @@ def bn_images(config: RunConfig, most: int | None) -> tuple[int, int]:
     """Training and test images."""
     sizes = config.training_set_size, config.test_set_size
     return sizes if most is None else (min(sizes[0], most), min(sizes[1], most))
+
+
+def recalibration_images(config: RunConfig, images: int) -> int:
+    return min(config.training_set_size, max(images, RECALIBRATION))
 
 
 def with_points(parts: Sequence[Part], wish: Wish, seconds: Callable[[RunConfig], float]) -> list[Part]:
@@ -362,7 +367,8 @@ def records(part: Part, splits: Splits, skip: int) -> Iterator[dict[str, object]
     if part.probe == "bn":
         train, test = bn_images(config, asked["images"])
         train_images, test_images = some(splits.train, train, config), some(splits.test, test, config)
-        batches = (x for x, _ in training_batches(replace(splits, train=train_images), config.seed))
+        calibration = some(splits.train, recalibration_images(config, train), config)
+        batches = (x for x, _ in training_batches(replace(splits, train=calibration), config.seed))
         yield from islice(bn_rows(net.net, train_images, test_images, net.mean, batches), skip, None)
         return
     images = some(splits.test if part.probe == "lesion" else splits.train, asked["images"], config)

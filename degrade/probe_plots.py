@@ -4,6 +4,7 @@ The frames are those of results/<study>/probes/<probe>.csv. Where there are seve
 bands go from the lowest to the highest.
 """
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
@@ -11,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, to_hex
+from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -71,14 +72,14 @@ def draw_responses(rows: "pd.DataFrame", about: str) -> Figure:
                 continue
             by_layer = nets.pivot(index="layer", columns="seed", values="std")
             line(order, by_layer, color=colours[depth], label=f"{depth} layers")
-            first = nets.groupby("stage")["layer"].min().iloc[1:]
+            first = nets.groupby("stage")["layer"].min().iloc[2:]  # the first follows the stem
             order.plot(first, by_layer.mean(axis=1)[first], "|", color=colours[depth], markersize=11, markeredgewidth=2)
             sizes = by_layer.apply(lambda column: sorted(column, reverse=True), result_type="broadcast")
             line(ranked, sizes, color=colours[depth])
         order.set_title(f"{block} nets", fontsize=10)
         order.set_xlabel("layer, in order")
         order.tick_params(labelbottom=True)
-        ranked.set_xlabel("layer, sorted by size")
+        ranked.set_xlabel("layer, largest first")
     for ax in axes.flat:
         tidy(ax).set_ylim(bottom=0)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -129,7 +130,7 @@ def draw_correlation(rows: "pd.DataFrame", about: str) -> Figure:
         line_of_axes[0].set_ylabel(f"{when}\ncorrelation")
     for ax in axes[-1]:
         ax.set_xlabel("depth")
-    title = "Correlation of the gradients at an image and at the image with noise, relative to its length"
+    title = "Correlation of input gradients at an image and at the image with noise, in percent of its length"
     finish(figure, title, rows, about, block_keys(rows, markers=True))
     return figure
 
@@ -148,7 +149,8 @@ def draw_lesion(rows: "pd.DataFrame", about: str) -> Figure:
             alone = nets[nets["deleted"] == 1].astype({"blocks": int})
             by_block = alone.pivot(index="blocks", columns="seed", values="error")
             line(single, by_block, color=COLOURS[block], marker=MARKERS[block], linewidth=0.8)
-            single.axhline(intact, color=COLOURS[block], linestyle="--", linewidth=1)
+            dashes = (5 * BLOCKS.index(block), (5, 5))  # where two lie on each other, both are seen
+            single.axhline(intact, color=COLOURS[block], linestyle=dashes, linewidth=1)
             by_count = nets.groupby("deleted")["error"]
             several.fill_between(
                 by_count.min().index, by_count.min(), by_count.max(), color=COLOURS[block], alpha=0.15, linewidth=0
@@ -160,7 +162,7 @@ def draw_lesion(rows: "pd.DataFrame", about: str) -> Figure:
                 single.axvspan(place - 0.45, place + 0.45, color="0.9", linewidth=0, zorder=0)
         for ax, xlabel in ((single, "deleted block"), (several, "number of deleted blocks")):
             tidy(ax).yaxis.set_major_formatter(PERCENT)
-            ax.set_ylim(0, 1)
+            ax.set_ylim(0, 1.03)
             ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
             ax.set_title(f"{depth} layers", fontsize=10)
             ax.set_xlabel(xlabel)
@@ -206,9 +208,10 @@ def draw_line(rows: "pd.DataFrame", about: str) -> Figure:
 def draw_landscape(rows: "pd.DataFrame", about: str) -> Figure:
     """Training loss on a plane through the weights: a row a block, a column a depth, of the lowest seed of each."""
     blocks, depths = blocks_of(rows), sorted(set(rows["depth"]))
-    finite = rows["loss"][np.isfinite(rows["loss"]) & (rows["loss"] > 0)]
-    low, high = finite.min(), max(finite.max(), 1.01 * finite.min())
-    norm, levels = LogNorm(low, high), np.geomspace(low, high, 25)
+    heights = np.log10(rows["loss"].where(rows["loss"] > 0))
+    finite = heights[np.isfinite(heights)]
+    low, high = finite.min(), max(finite.max(), finite.min() + 0.01)
+    norm, levels, decades = Normalize(low, high), np.linspace(low, high, 25), range(math.ceil(low), math.ceil(high))
     figure = Figure(figsize=(2.7 * len(depths) + 1.6, 2.7 * len(blocks) + 0.8), layout="constrained")
     axes = figure.subplots(len(blocks), len(depths), sharex=True, sharey=True, squeeze=False)
     for block, line_of_axes in zip(blocks, axes, strict=True):
@@ -219,10 +222,16 @@ def draw_landscape(rows: "pd.DataFrame", about: str) -> Figure:
                 ax.set_axis_off()
                 continue
             net = nets[nets["seed"] == nets["seed"].min()]
-            plane = net.pivot(index="y", columns="x", values="loss")
-            heights = plane.fillna(np.inf).clip(low, high)
-            ax.contourf(plane.columns, plane.index, heights, levels, norm=norm, cmap="viridis")
-            ax.contour(plane.columns, plane.index, heights, levels[::2], colors="white", linewidths=0.4, alpha=0.7)
+            plane = net.assign(height=heights.fillna(high).clip(low, high)).pivot(
+                index="y", columns="x", values="height"
+            )
+            ax.contourf(plane.columns, plane.index, plane, levels, norm=norm, cmap="viridis")
+            lines = ax.contour(
+                plane.columns, plane.index, plane, [*decades], colors="white", linestyles="-", linewidths=0.7
+            )
+            ax.clabel(lines, fmt=lambda decade: f"{10.0**decade:g}", fontsize=8)
+            ax.set_xticks((-1, 0, 1))
+            ax.set_yticks((-1, 0, 1))
             ax.plot(0, 0, "+", color="white", markersize=11, markeredgewidth=3.2)
             ax.plot(0, 0, "+", color="black", markersize=9, markeredgewidth=1.2)
             ax.set_title(f"{block}, {depth} layers", fontsize=10)
@@ -231,7 +240,9 @@ def draw_landscape(rows: "pd.DataFrame", about: str) -> Figure:
     for ax in axes[:, 0]:
         ax.set_ylabel("second direction")
     scale = matplotlib.cm.ScalarMappable(norm, "viridis")
-    figure.colorbar(scale, ax=axes, label="training loss (log scale)", shrink=0.9)
+    ticks = FuncFormatter(lambda decade, _: f"{10.0**decade:g}")
+    bar = figure.colorbar(scale, ax=axes, label="training loss (log scale)", shrink=0.9, format=ticks)
+    bar.set_ticks([*decades])
     finish(
         figure, "Loss landscape: on a plane of two random, filter-normalised directions; + is the net", rows, about, []
     )
@@ -253,7 +264,7 @@ def draw_bn(rows: "pd.DataFrame", about: str) -> Figure:
             )
             ax.plot(ends["recalibrated"], place, MARKERS[block], color=colour, markersize=6, zorder=4)
         tidy(ax, "x").xaxis.set_major_formatter(PERCENT)
-        ax.set_xlim(left=0)
+        ax.set_xlim(left=-0.02 * means.xs(split, level="split").max(axis=None))  # half a marker
         ax.set_yticks(range(len(nets)), [f"{block}-{depth}" for block, depth in nets])
         images = rows[rows["split"] == split]
         ax.set_xlabel(f"{ {'train': 'training', 'test': 'test'}[split] } error, {image_range(images)}")

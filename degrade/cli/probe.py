@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from degrade import store, terminal
 from degrade.cli.app import Results, app, console, count, distinct, machine_of, names, numbers, say, tell
-from degrade.config import RunConfig
+from degrade.config import RunConfig, matches_protocol
 from degrade.errors import Failure
 from degrade.stopping import stopping
 
@@ -186,10 +186,12 @@ def _draw(parts: Sequence["Part"], kinds: Sequence[str]) -> None:
     from degrade.probe import folder_of
 
     for study in {part.study.folder: part.study for part in parts}.values():
+        changed = "" if matches_protocol(study.shared, study.protocol) else ", changed"
+        protocol, width = f"protocol {study.protocol}{changed}", f"width {study.shared['width']}"
+        about = f"{study.name}: {study.shared['dataset']}, {protocol}, {width}"
         for probe in dict.fromkeys(part.probe for part in parts if part.study == study):
             path = folder_of(study) / f"{probe}.csv"
             say(str(path))
-            about = f"{study.name}: {study.shared['dataset']}, protocol {study.protocol}, width {study.shared['width']}"
             for name, figure in probe_plots.figures(probe, pd.read_csv(path), about).items():
                 paths = plots.save(figure, study.folder / "figures", name, kinds)
                 say(f"{paths[0].with_suffix('')}.{{{','.join(kinds)}}}" if len(kinds) > 1 else str(paths[0]))
