@@ -486,6 +486,7 @@ def test_commands_are_named_like_their_functions_and_have_an_example(cli):
         ["plot", "S"],
         ["verdict", "S"],
         ["sweep", "--depths", "21"],
+        ["sweep", "--depths", "20", "--grid", "lr=fast"],
     ],
 )
 def test_torch_is_not_imported_to_read_results_or_print_help(results, arguments):

@@ -189,8 +189,8 @@ def grid_verdicts(epochs: "pd.DataFrame", grid: Grid) -> list[Verdict]:
 def best_verdicts(epochs: "pd.DataFrame", grid: Grid) -> list[Verdict]:
     """The comparisons of the best with the best: of each net, the runs with the value whose mean error is lowest.
 
-    That is to each net's own advantage, so a deeper net that is worse all the same was not just mistuned. The best
-    are chosen on the runs compared, which the intervals do not allow for.
+    That is to each net's own advantage, so a deeper net that is worse all the same was not mistuned in this field, as
+    far as its values go. The best are chosen on the runs compared, which the intervals do not allow for.
     """
     final = finished(epochs)
     final = final[final["study"].isin(list(grid.values))]

@@ -26,6 +26,7 @@ from degrade.cli.app import (
     say,
     say_errors,
     study_folder,
+    train_live,
 )
 from degrade.config import (
     BLOCKS,
@@ -199,11 +200,7 @@ def sweep(
     _print_plans(plans, seconds)
     if dry_run:
         return
-    for plan in plans:
-        if plan.todo:
-            if len(plans) > 1:
-                say(f"Study {plan.study.folder}")
-            _train(plan, data_dir, seconds)
+    _train([plan for plan in plans if plan.todo], data_dir, seconds)
     _print_results([plan._replace(runs=engine.find_runs(plan.study, plan.configs)) for plan in plans], out)
 
 
@@ -337,16 +334,17 @@ def _print_plans(plans: Sequence[Plan], seconds: dict[str, float]) -> None:
         say(f"Too long? --protocol short takes about {terminal.duration(total * short)}")
 
 
-def _train(plan: Plan, data_dir: Path | None, seconds: dict[str, float]) -> None:
-    """Fetch the data and train, shown live."""
+def _train(plans: Sequence[Plan], data_dir: Path | None, seconds: dict[str, float]) -> None:
+    """Fetch the data of all studies, and train one after the other, shown live."""
     from degrade import data
-    from degrade.sweep import sweep as events
 
     folder = data_dir or data.default_data_dir()
-    data.fetch(str(plan.study.shared["dataset"]), folder)
-    with terminal.SweepView(console, plan.todo, seconds, plan.machine.jobs * plan.machine.pack) as view:
-        for run, event in events(plan.study, plan.todo, plan.machine, folder):
-            view.show(run, event)
+    for dataset in dict.fromkeys(str(plan.study.shared["dataset"]) for plan in plans):
+        data.fetch(dataset, folder)
+    for plan in plans:
+        if len(plans) > 1:
+            say(f"Study {plan.study.folder}")
+        train_live(plan.study, plan.todo, plan.machine, folder, seconds)
 
 
 def _print_results(plans: Sequence[Plan], out: Path) -> None:
