@@ -71,11 +71,7 @@ def responses(
         mean: the per-pixel mean of the training images, (3, H, W).
         batch_statistics: normalise by the statistics of each batch, as in training, for a freshly initialised net.
     """
-    copy = deepcopy(net).eval()
-    if batch_statistics:
-        for module in copy.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean = module.running_var = None  # BN that has none takes the batch's
+    copy = deepcopy(net).train(batch_statistics)  # the running statistics that this changes are the copy's
     names = [*weight_layers(net)][:-1]
     layers_a_stage = (len(names) - 1) // 3
     for layer, (name, std) in enumerate(zip(names, measure(copy, images, mean), strict=True)):
