@@ -31,6 +31,7 @@ from degrade.bench import median_seconds
 from degrade.config import INITS, RunConfig, blocks_per_stage
 from degrade.data import Images, Splits, stratified
 from degrade.data.plan import Batch, SamplePlan, normalise
+from degrade.engine.process import set_precision
 from degrade.errors import Failure
 from degrade.nets import CifarNet, cifar_net, zero_gamma
 from degrade.store import Run, Study, read_json, to_json
@@ -43,6 +44,7 @@ IMAGES = {"responses": 1000, "gradients": 512, "lesion": 1000, "landscape": 1000
 BATCH = 128  # the paper's, whatever the run's: what batch normalisation does depends on it
 RECALIBRATION = 5000  # training images at least: the statistics of a few batches are worse than the running ones
 MAX_POINTS, MIN_POINTS, MIN_IMAGES = 25, 5, 100  # of a landscape that has to fit a budget
+LIMIT = 999  # points, far beyond any use
 COMMIT_SECONDS = 5.0
 FIRST = ("block", "depth", "seed", "id", "init")  # columns of every table
 
@@ -165,6 +167,8 @@ def find_parts(study: Study, runs: Sequence[Run], probes: Sequence[str], wish: W
         raise ValueError(f"{trained[0]} needs trained nets: a fresh one is at chance whatever is done to it")
     if wish.points is not None:
         landscape_rows(wish.points, 2)
+        if wish.points > LIMIT:
+            raise ValueError(f"points must be at most {LIMIT}; got {wish.points}")
     found, left_out = [], []
     for run in runs:
         try:
@@ -194,7 +198,8 @@ def find_parts(study: Study, runs: Sequence[Run], probes: Sequence[str], wish: W
 def image_count(config: RunConfig, probe: str, most: int | None) -> int:
     """How many images a probe takes; of bn the larger of its two numbers."""
     sizes = {"lesion": config.test_set_size, "bn": max(bn_images(config, None))}
-    return min(sizes.get(probe, config.training_set_size), *filter(None, (most or IMAGES.get(probe), 10**9)))
+    size, most = sizes.get(probe, config.training_set_size), most or IMAGES.get(probe)
+    return size if most is None else min(size, most)
 
 
 def bn_images(config: RunConfig, most: int | None) -> tuple[int, int]:
@@ -204,6 +209,7 @@ def bn_images(config: RunConfig, most: int | None) -> tuple[int, int]:
 
 
 def recalibration_images(config: RunConfig, images: int) -> int:
+    """How many training images BN is recalibrated on, where the error is measured on so many."""
     return min(config.training_set_size, max(images, RECALIBRATION))
 
 
@@ -330,6 +336,7 @@ def _measure(part: Part, data_dir: Path, device: str, lock: commit.Lock) -> Iter
     committed = time.monotonic()
     config = part.run.config
     first = (config.block, config.depth, config.seed, part.run.folder.name, int(part.init))
+    set_precision(config.precision)
     for row in records(part, load_splits(config, data_dir, device), count):
         yield count
         row = dict(zip(FIRST, first, strict=True)) | row

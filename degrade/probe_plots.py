@@ -5,6 +5,7 @@ bands go from the lowest to the highest.
 """
 
 import math
+import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
@@ -264,9 +265,10 @@ def draw_bn(rows: "pd.DataFrame", about: str) -> Figure:
             )
             ax.plot(ends["recalibrated"], place, MARKERS[block], color=colour, markersize=6, zorder=4)
         tidy(ax, "x").xaxis.set_major_formatter(PERCENT)
-        ax.set_xlim(left=-0.02 * means.xs(split, level="split").max(axis=None))  # half a marker
         ax.set_yticks(range(len(nets)), [f"{block}-{depth}" for block, depth in nets])
         images = rows[rows["split"] == split]
+        most = max(float(images["error"].max()), 0.001)
+        ax.set_xlim(-0.03 * most, 1.05 * most)  # for whole markers
         ax.set_xlabel(f"{ {'train': 'training', 'test': 'test'}[split] } error, {image_range(images)}")
     axes[0].invert_yaxis()
     keys = [
@@ -334,7 +336,9 @@ def finish(figure: Figure, title: str, rows: "pd.DataFrame", about: str, keys: I
     several = rows.groupby(["block", "depth"])["seed"].nunique().max() > 1
     if several and not any(str(key.get_label()).startswith("lowest") for key in keys):
         keys.append(Patch(color=GREY, alpha=0.25, linewidth=0, label="lowest to\nhighest seed"))
-    figure.suptitle(f"{title}\n{about}\n{image_range(rows)}, {seed_range(rows)}", fontsize=10)
+    wide = int(13 * figure.get_figwidth())  # characters
+    lines = [*textwrap.wrap(title, wide), *textwrap.wrap(about, wide), f"{image_range(rows)}, {seed_range(rows)}"]
+    figure.suptitle("\n".join(lines), fontsize=10)
     if keys:
         figure.legend(handles=keys, loc="outside right center", frameon=False, fontsize=9)
 

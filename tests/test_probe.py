@@ -302,6 +302,7 @@ def test_a_dry_run_writes_nothing(study, cli, tmp_path):
         (["--budget", "10"], 2, "--budget must be like 90s, 10m or 2h; got '10'"),
         (["--budget", "0s"], 2, "--budget must be like 90s, 10m or 2h; got '0s'"),
         (["--points", "4"], 2, "points must be odd"),
+        (["--points", "1001"], 2, "points must be at most 999; got 1001"),
         (["--images", "0"], 2, "--images"),
         (["--formats", "gif"], 2, "--formats must be of png, svg, pdf; got 'gif'"),
         (["--depths", "a"], 2, "--depths must be whole numbers"),
