@@ -228,7 +228,7 @@ def with_points(parts: Sequence[Part], wish: Wish, seconds: Callable[[RunConfig]
     kept: dict[Path, Landscapes] = {}
     for part in mine:
         stored, _ = read_part(part.path)
-        if stored.get("asked") == part.asked["asked"]:
+        if stored.get("asked") == part.asked["asked"] and stored.keys() >= {*Landscapes._fields}:
             kept.setdefault(part.study.folder, Landscapes(stored["points"], stored["images"]))
     chosen = None
     if any(part.study.folder not in kept for part in mine):
