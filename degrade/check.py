@@ -4,6 +4,7 @@ A run's name vouches for its configuration, a checkpoint's for its bytes, and th
 """
 
 import contextlib
+import hashlib
 import re
 import time
 from collections import Counter
@@ -19,7 +20,14 @@ from degrade.provenance import Clock
 from degrade.store import Run, Study, to_json
 from degrade.train import State, read_state
 
-PARTS = (store.CONFIG, store.LOG, store.CHECKPOINTS, store.ENVIRONMENT, store.TIMING)  # any of them makes a run
+PARTS = (
+    store.CONFIG,
+    store.LOG,
+    store.CHECKPOINTS,
+    store.ENVIRONMENT,
+    store.TIMING,
+    store.IMPORTED,
+)  # any of them makes a run
 NAME = re.compile(rf"({'|'.join(BLOCKS)})-([0-9]{{1,9}})-s([0-9]{{1,10}})-[0-9a-f]{{8}}")  # of a run's folder
 OLD = 60.0  # seconds, after which nobody is writing a file any more
 
@@ -139,7 +147,8 @@ def _study(folder: Path, runs: list[Path]) -> tuple[dict[str, Any] | None, list[
     except (Failure, OSError) as error:
         problem = _reason(error, path)
     if problem:
-        findings.append(_rewritten(path, problem, "its runs", _study_file(shared) if shared else None))
+        imported = any((run / store.IMPORTED).exists() for run in runs)
+        findings.append(_rewritten(path, problem, "its runs", _study_file(shared, imported) if shared else None))
     else:
         shared = store.read_json(path)["shared"]  # its fields are those of the version that wrote it
     for partial in commit.leavings(folder) + commit.leavings(folder / "figures"):
@@ -149,10 +158,10 @@ def _study(folder: Path, runs: list[Path]) -> tuple[dict[str, Any] | None, list[
     return shared, findings
 
 
-def _study_file(shared: dict[str, Any]) -> bytes:
+def _study_file(shared: dict[str, Any], imported: bool) -> bytes:
     """Its protocol is the one that the runs differ from least."""
     protocol = min(PROTOCOLS, key=lambda name: len(overridden(name, shared)))
-    return to_json({"protocol": protocol, "shared": shared})
+    return to_json({"protocol": protocol, "shared": shared} | ({"imported": True} if imported else {}))
 
 
 def _run(folder: Path, shared: dict[str, Any] | None) -> Iterator[Finding]:
@@ -168,6 +177,7 @@ def _run(folder: Path, shared: dict[str, Any] | None) -> Iterator[Finding]:
         if shared and (of := RunConfig.from_dict(config.as_dict() | shared).shared()) != config.shared():
             yield Finding(folder / store.CONFIG, f"is of another study: {store.difference(of, config)}")
         yield from _log(folder, config, state)
+    yield from _imported(folder)
     yield from _environment(folder)
     yield from _timing(folder)
 
@@ -214,7 +224,7 @@ def _log(folder: Path, config: RunConfig, state: State | None) -> Iterator[Findi
     derived = to_csv(known, validation=config.val_images > 0).encode() if known else None
     try:
         there = path.read_bytes()
-        problem = _problem(there, config, state)
+        problem = _problem(there, config, state, gaps=(folder / store.IMPORTED).exists())
     except FileNotFoundError:
         if not (known or (not state and _timed(folder))):
             return
@@ -230,11 +240,11 @@ def _log(folder: Path, config: RunConfig, state: State | None) -> Iterator[Findi
         yield _rewritten(path, problem, "its checkpoint", derived)
 
 
-def _problem(log: bytes, config: RunConfig, state: State | None) -> str:
+def _problem(log: bytes, config: RunConfig, state: State | None, *, gaps: bool) -> str:
     """How the log differs from its checkpoint or, without one, from what it can be; empty where it does not."""
     known = state.epochs if state else []
     try:
-        rows = from_csv(log.decode(errors="replace"))
+        rows = from_csv(log.decode(errors="replace"), gaps=gaps)
     except ValueError as error:
         return str(error)
     for row, its in zip(rows, known, strict=False):
@@ -250,6 +260,21 @@ def _problem(log: bytes, config: RunConfig, state: State | None) -> str:
     if state and len(rows) > len(known):
         return f"has {len(rows)} rows, its newest sound checkpoint {len(known)}"
     return ""
+
+
+def _imported(folder: Path) -> Iterator[Finding]:
+    """Of weights that are there; they stay out of git, and may be missing."""
+    path = folder / store.IMPORTED
+    try:
+        expected = store.read_json(path).get("weights")
+        found = hashlib.sha256((folder / store.WEIGHTS).read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return
+    except (Failure, OSError) as error:
+        yield Finding(path, _reason(error, path))
+    else:
+        if found != expected:
+            yield Finding(folder / store.WEIGHTS, "is not what was imported; import it again")
 
 
 def _environment(folder: Path) -> Iterator[Finding]:

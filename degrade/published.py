@@ -25,7 +25,7 @@ from degrade.log import Epoch, to_csv
 from degrade.nets import Block, CifarNet, PreActivation
 from degrade.provenance import environment
 from degrade.store import Run, Study
-from degrade.weights import make_net, read_tensors
+from degrade.weights import is_safetensors, make_net, read_tensors
 
 MEASURES = ("train_loss", "train_error", "test_loss", "test_error")  # that a published log may have
 # The last part of a tensor's name in PyTorch; a BN's four in their order.
@@ -298,7 +298,13 @@ def import_weights(
         ValueError: the file does not hold this net's weights, or the study is another's.
         Failure: the run is there already.
     """
-    net = fit(config, state_dict(read_tensors(data), key), std=source.std, padding=source.padding)
+    tensors = state_dict(read_tensors(data), key)
+    own = list(make_net(config).state_dict())
+    if set(tensors) == set(own):
+        tensors = {name: tensors[name] for name in own}
+    elif is_safetensors(data):
+        raise ValueError("safetensors keep no order, and its names are not those of degrade export: use a state dict")
+    net = fit(config, tensors, std=source.std, padding=source.padding)
     net.to(memory_format=torch.channels_last)
     train_loss, train_error = _measure(net, splits.train, splits.mean)
     test_loss, test_error = _measure(net, splits.test, splits.mean)

@@ -105,13 +105,17 @@ def make_net(config: RunConfig) -> CifarNet:
     return net
 
 
+def is_safetensors(data: bytes) -> bool:
+    return data[8:9] == b"{" and not zipfile.is_zipfile(io.BytesIO(data))
+
+
 def read_tensors(data: bytes) -> Any:
     """What a file of PyTorch's or of safetensors' holds. None of it is executed.
 
     Raises:
         ValueError: it is neither, or holds more than tensors and plain values.
     """
-    if data[8:9] == b"{" and not zipfile.is_zipfile(io.BytesIO(data)):
+    if is_safetensors(data):
         try:
             from safetensors import SafetensorError
             from safetensors.torch import load

@@ -29,7 +29,7 @@ def test_the_readmes_python_runs(data_dir, monkeypatch, capsys):
 
 def test_every_command_is_in_the_readme():
     for command in app.registered_commands:
-        assert f"`degrade {command.callback.__name__}" in TEXT
+        assert f"`degrade {command.name or command.callback.__name__}" in TEXT
 
 
 def test_every_file_the_readme_shows_is_there():

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import math
 import os
 import re
 import sys
@@ -149,6 +150,18 @@ def numbers(text: str | None, flag: str) -> list[int] | None:
     if bad := [part for part in parts if not re.fullmatch(r"-?[0-9]{1,18}", part)]:
         raise ValueError(f"{flag} must be whole numbers separated by commas, such as 20,56; got {bad[0]!r}")
     return [int(part) for part in parts]
+
+
+def channels(text: str | None, flag: str) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        values = tuple(map(float, names(text, flag) or []))
+    except ValueError:
+        values = ()
+    if len(values) != 3 or not all(map(math.isfinite, values)):
+        raise ValueError(f"{flag} must be three numbers, a channel each, such as 0.49,0.48,0.45; got {text!r}")
+    return values
 
 
 def distinct(values: Any, name: str, kind: type) -> list[Any]:

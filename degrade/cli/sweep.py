@@ -13,6 +13,7 @@ import typer
 from degrade import store, terminal
 from degrade.cli.app import (
     app,
+    channels,
     check_precision,
     configs_of,
     console,
@@ -137,6 +138,9 @@ def sweep(
     val_images: Annotated[int | None, _field(_whole, "Hold this many training images out.")] = None,
     test_images: Annotated[int | None, _field(_whole, "Test on this many images.")] = None,
     split_seed: Annotated[int | None, _field(_whole, "Which images those are.")] = None,
+    input_mean: Annotated[
+        str | None, _field(str, "Subtracted from the input: 0.49,0.48,0.45.", show_default="per pixel")
+    ] = None,
     precision: Annotated[
         str | None, _field(str, "fp32, tf32 or bf16.", show_default="tf32 on GPUs that have it")
     ] = None,
@@ -171,6 +175,7 @@ def sweep(
         "val_images": val_images,
         "test_images": test_images,
         "split_seed": split_seed,
+        "input_mean": channels(input_mean, "--input-mean"),
         "precision": precision,
     }
     wanted, axes = _wanted(spec, {name: value for name, value in flags.items() if value is not None}, grid or [])

@@ -11,7 +11,19 @@ import typer
 from rich.progress import track
 
 from degrade import store, terminal
-from degrade.cli.app import DataDir, app, auto, console, leave, machine_of, names, say, study_folder, train_live
+from degrade.cli.app import (
+    DataDir,
+    app,
+    auto,
+    channels,
+    console,
+    leave,
+    machine_of,
+    names,
+    say,
+    study_folder,
+    train_live,
+)
 from degrade.config import PADDINGS, PROTOCOLS, RunConfig, overridden, protocol_fields, study_name
 from degrade.log import Epoch
 from degrade.stopping import stopping
@@ -53,7 +65,7 @@ def import_(
     Example: degrade import resnet20.pth --block residual --depth 20 --source "github.com/o/r, MIT" --mean .49,.48,.45
     """
     overrides = dict(_assignment(text) for text in fields or [])
-    centre, scale = _channels(mean, "--mean"), _channels(std, "--std") or (1.0, 1.0, 1.0)
+    centre, scale = channels(mean, "--mean"), channels(std, "--std") or (1.0, 1.0, 1.0)
     if min(scale) <= 0:
         raise ValueError(f"--std must be above 0; got {std}")
     if swept := sorted({"block", "depth", "seed", "dataset", "input_mean"} & set(overrides)):
@@ -117,18 +129,6 @@ def _assignment(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
-
-
-def _channels(text: str | None, flag: str) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        values = tuple(map(float, names(text, flag) or []))
-    except ValueError:
-        values = ()
-    if len(values) != 3 or not all(map(math.isfinite, values)):
-        raise ValueError(f"{flag} must be three numbers, a channel each, such as 0.49,0.48,0.45; got {text!r}")
-    return values
 
 
 def _published_log(
