@@ -371,11 +371,12 @@ def records(part: Part, splits: Splits, skip: int) -> Iterator[dict[str, object]
         raise Failure(f"{part.run.folder}: its weights have changed since the plan was made")
     net = nets[-1]
     splits = replace(splits, mean=net.mean)
+    imported = part.run.imported is not None
     if part.probe == "bn":
         train, test = bn_images(config, asked["images"])
         train_images, test_images = some(splits.train, train, config), some(splits.test, test, config)
         calibration = some(splits.train, recalibration_images(config, train), config)
-        batches = (x for x, _ in training_batches(replace(splits, train=calibration), config.seed))
+        batches = (x for x, _ in training_batches(replace(splits, train=calibration), config.seed, black=imported))
         yield from islice(bn_rows(net.net, train_images, test_images, net.mean, batches), skip, None)
         return
     images = some(splits.test if part.probe == "lesion" else splits.train, asked["images"], config)
@@ -384,7 +385,7 @@ def records(part: Part, splits: Splits, skip: int) -> Iterator[dict[str, object]
         rows = responses(net.net, images.images, net.mean, batch_statistics=part.init)
         yield from (row | {"images": len(images)} for row in islice(rows, skip, None))
     elif part.probe == "gradients":
-        rows = (row for net in nets for row in gradient_rows(net, splits, config.seed))
+        rows = (row for net in nets for row in gradient_rows(net, splits, config.seed, black=imported))
         yield from islice(rows, skip, None)
     elif part.probe == "lesion":
         yield from lesion(net.net, images.images, images.labels, net.mean, seed=config.seed, skip=skip)
@@ -405,13 +406,13 @@ def records(part: Part, splits: Splits, skip: int) -> Iterator[dict[str, object]
             skip = max(skip - there, 0)
 
 
-def gradient_rows(net: Trained, splits: Splits, seed: int) -> Iterator[dict[str, object]]:
+def gradient_rows(net: Trained, splits: Splits, seed: int, *, black: bool) -> Iterator[dict[str, object]]:
     """Norms on augmented batches, then correlations on the images as they are; all of the training images given."""
     images = splits.train
     x = normalise(images.images, net.mean).contiguous(memory_format=torch.channels_last)
     settled = in_eval_mode(net, splits, seed)
     for rows in (
-        norms(net.net, training_batches(splits, seed)),
+        norms(net.net, training_batches(splits, seed, black=black)),
         correlation(settled, x, images.labels, seed=seed),
     ):
         for row in rows:
@@ -423,12 +424,21 @@ def in_eval_mode(net: Trained, splits: Splits, seed: int) -> CifarNet:
     return net.net if net.step else recalibrated(net.net, (x for x, _ in training_batches(splits, seed)))
 
 
-def training_batches(splits: Splits, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised, cropped and flipped batches of 128 training images: each image once, less a last partial batch."""
+def training_batches(splits: Splits, seed: int, *, black: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised, cropped and flipped batches of 128 training images: each image once, less a last partial batch.
+
+    Args:
+        splits: of which the training images are taken.
+        seed: of the order, crops and flips.
+        black: pad with black, as who crops before the mean is subtracted (torchvision's usual transforms do). The
+            statistics of published nets are those of such images, and recalibrated on others they are worse.
+    """
     plan = SamplePlan(len(splits.train), min(BATCH, len(splits.train)), seed)
+    cropped = replace(splits, mean=torch.zeros_like(splits.mean)) if black else splits
     for step in range(len(splits.train) // plan.batch_size):
-        batch = plan.batch(step)
-        yield training_batch(splits, Batch(*(choice.to(splits.mean.device) for choice in vars(batch).values())))
+        batch = Batch(*(choice.to(splits.mean.device) for choice in vars(plan.batch(step)).values()))
+        x, y = training_batch(cropped, batch)
+        yield x - splits.mean if black else x, y
 
 
 def some(images: Images, count: int, config: RunConfig) -> Images:

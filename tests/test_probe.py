@@ -15,7 +15,7 @@ from conftest import micro
 from degrade import commit, probe, store, sweep
 from degrade.analysis.landscape import landscape_rows
 from degrade.analysis.lesion import lesion_rows
-from degrade.probe import Landscapes, Wish, choose, find_parts, fresh, probe_parts, with_points
+from degrade.probe import Landscapes, Wish, choose, find_parts, fresh, probe_parts, training_batches, with_points
 from degrade.store import Run, Study
 from degrade.train import Training, load_splits
 
@@ -251,6 +251,18 @@ def test_a_fresh_net_is_the_one_that_training_starts_from(data_dir, init):
     theirs = training.net.state_dict()
     assert list(mine) == list(theirs)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_published_nets_see_their_crops_padded_with_black(data_dir):
+    splits = load_splits(CONFIGS[0], data_dir, "cpu")
+    ((ours, _),) = training_batches(splits, 0)
+    ((theirs, _),) = training_batches(splits, 0, black=True)
+    padded = (ours == 0).all(1, keepdim=True).expand_as(ours)
+    assert padded.any()
+    raw = theirs + splits.mean
+    assert raw.min() > -1e-6
+    assert raw[padded].abs().max() < 1e-6
+    assert not torch.allclose(ours, theirs)
 
 
 def test_at_init_needs_no_weights(study, data_dir, cli):
