@@ -33,9 +33,10 @@ lint: $(READY)  ## Style, and the direction of imports
 typecheck: $(READY)  ## Types
 	$(BIN)/mypy
 
-figures: $(READY)  ## Redraw the figures of the reference results
+figures: $(READY)  ## Redraw the figures of the reference results, the README's table and the report
 	$(BIN)/degrade plot results
 	$(BIN)/python tests/readme.py
+	$(BIN)/degrade report results
 
 bench: $(READY)  ## The engine beside the public loop on this machine (needs DEGRADE_DATA)
 	$(BIN)/python benchmarks/compare.py

@@ -13,7 +13,8 @@ SHORTCUTS = ("A", "B", "C")
 DECAYS = ("all", "conv")
 PRECISIONS = ("fp32", "tf32", "bf16")
 INITS = ("he", "zero-gamma")
-PADDINGS = ("appended", "both-sides")  # of the zero channels of option A, in weights that are imported
+PADDINGS = ("mean", "black")
+ZERO_CHANNELS = ("appended", "both-sides")  # of option A, in weights that are imported
 IDENTITY = re.compile(r"identity:[a-z]+-[0-9]+-s[0-9]+-[0-9a-f]{8}:[0-9a-f]{12}")  # the run, and a hash of its weights
 
 
@@ -68,6 +69,7 @@ class RunConfig:
         split_seed: of the choice of training, validation and test images; the same for every seed.
         input_mean: of pixels / 255, a number each for red, green and blue, subtracted from the input; none of them
             for the paper's per-pixel mean of the training images.
+        padding: of the crops: "mean" (zeros, after the mean was subtracted) or "black" (zeros, before).
         steps: updates.
         batch_size: images per update.
         lr: learning rate; divided by 10 at each milestone.
@@ -97,6 +99,7 @@ class RunConfig:
     test_images: int | None = None
     split_seed: int = 0
     input_mean: tuple[float, ...] = ()
+    padding: str = "mean"
     steps: int = 64_000
     batch_size: int = 128
     lr: float = 0.1
@@ -117,6 +120,7 @@ class RunConfig:
             ("block", BLOCKS),
             ("dataset", tuple(DATASETS)),
             ("shortcut", SHORTCUTS),
+            ("padding", PADDINGS),
             ("decay", DECAYS),
             ("precision", PRECISIONS),
         ):
@@ -323,11 +327,11 @@ def spelt(value: Any) -> str:
 
 
 def matches_protocol(shared: Mapping[str, Any], protocol: str) -> bool:
-    """Whether a study's shared fields are exactly the protocol's, whatever the data set, the precision and what is
-    subtracted from the input.
+    """Whether a study's shared fields are exactly the protocol's, whatever the data set, the precision and the
+    colour that is subtracted from the input or padded with.
     """
     if protocol not in PROTOCOLS:
         return False
-    free = {"dataset", "precision", "input_mean"}
+    free = {"dataset", "precision", "input_mean", "padding"}
     reference = RunConfig(block="plain", depth=20, seed=0, **PROTOCOLS[protocol]).shared()
     return all(shared.get(name) == value for name, value in reference.items() if name not in free)

@@ -21,7 +21,6 @@ from degrade.store import Run, Study
 from degrade.train import Training, training_batch
 from degrade.weights import Trained, make_net
 
-IDENTITY = "identity.json"
 CALIBRATION_BATCHES = 50
 
 T = TypeVar("T")
@@ -84,7 +83,7 @@ def prove(trained: Trained, run: Run, depth: int, splits: Splits, progress: Prog
 def training_batches(config: RunConfig, splits: Splits, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The first batches that a run of this configuration trains on, augmented: (B, 3, H, W) and labels (B,)."""
     plan = SamplePlan(len(splits.train), config.batch_size, config.seed)
-    return [training_batch(splits, plan.batch(step)) for step in range(count)]
+    return [training_batch(splits, plan.batch(step), config.padding) for step in range(count)]
 
 
 def start_net(trained: Trained, deep: Any, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -126,29 +125,34 @@ def deeper_config(trained: Trained, run: Run, depth: int, *, steps: int, lr: flo
 def read(folder: Path) -> dict[str, Any] | None:
     """The identity.json of a study; None where there is none."""
     try:
-        return store.read_json(folder / IDENTITY)
+        return store.read_json(folder / store.IDENTITY)
     except FileNotFoundError:
         return None
 
 
-def from_scratch(run: Run, depth: int) -> Run | None:
-    """The finished run of that depth in the shallow run's study: of the same seed, if there is one."""
+def from_scratch(run: Run, depth: int) -> dict[str, Any] | None:
+    """The finished run of that depth in the shallow run's study, of the same seed if there is one: its id, its last
+    training error and its steps.
+    """
     study = Study.open(run.folder.parent)
     same = [
         other
         for other in study.runs
         if (other.config.block, other.config.depth) == (run.config.block, depth) and other.outcome == "done"
     ]
-    return min(same, key=lambda other: other.config.seed != run.config.seed, default=None)
+    if not same:
+        return None
+    best = min(same, key=lambda other: other.config.seed != run.config.seed)
+    last = best.epochs[-1]
+    return {"run": best.folder.name, "train_error": last.train_error, "steps": last.step}
 
 
-def finding(record: dict[str, Any], continued: Run | None, scratch: Run | None) -> str:
+def finding(record: dict[str, Any], continued: Run | None) -> str:
     """What the construction shows, in a sentence or a few.
 
     Args:
         record: of identity.json.
         continued: the run that was trained on from the constructed net, if any.
-        scratch: a run of the same depth trained from scratch, if any.
     """
     deep, shallow = f"{record['block']}-{record['deep']}", f"{record['block']}-{record['shallow']}"
     train = Comparison(**record["train"])
@@ -161,8 +165,8 @@ def finding(record: dict[str, Any], continued: Run | None, scratch: Run | None) 
         f"Built from {shallow} with identity layers, {deep} gives {same} on {train.images:,} training images, "
         f"and with them {_percent(train.deep_error)} training error (shallow: {_percent(train.shallow_error)})."
     )
-    if scratch:
-        text += f" Trained from scratch, {deep} ends at {_percent(scratch.epochs[-1].train_error)}."
+    if record["scratch"]:
+        text += f" Trained from scratch, {deep} ends at {_percent(record['scratch']['train_error'])}."
     if continued and continued.epochs:
         last = continued.epochs[-1]
         worse = last.train_error - train.deep_error
@@ -191,6 +195,6 @@ def write(study: Study, record: dict[str, Any]) -> None:
     """
     there = read(study.folder)
     if there and (there["source"], there["deep"]) != (record["source"], record["deep"]):
-        raise Failure(f"{study.folder / IDENTITY} is of {there['source']['run']}; --study gives this one its own")
+        raise Failure(f"{study.folder / store.IDENTITY} is of {there['source']['run']}; --study gives this one its own")
     commit.make_folder(study.folder)
-    commit.write_file(study.folder / IDENTITY, store.to_json(record))
+    commit.write_file(study.folder / store.IDENTITY, store.to_json(record))

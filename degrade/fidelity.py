@@ -30,7 +30,7 @@ class Departure(NamedTuple):
 NOT_PROTOCOL = ("block", "depth", "seed", "split_seed")
 
 # Fields whose published value is open: they change the text of an assumed choice.
-OPEN = ("val_images", "decay")
+OPEN = ("val_images", "decay", "padding")
 
 
 def _number(value: Any) -> str:
@@ -115,6 +115,7 @@ def _choices(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     held_out = values["val_images"]
     size = values["train_images"] or DATASETS[values["dataset"]].train_images - held_out
     decayed = {"all": "all parameters", "conv": "weights of convolutions and the linear layer only"}[values["decay"]]
+    padded = {"mean": "after", "black": "before"}[values["padding"]]
     choices = [
         (
             "images to train on",
@@ -122,7 +123,7 @@ def _choices(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             f"{size:,}; {f'{held_out:,} held out for validation' if held_out else 'none held out'}",
         ),
         ("what decays", "not said; fb.resnet.torch's README: convolution weights only", decayed),
-        ("padding", "not said whether before or after the mean is subtracted", "zeros, after it"),
+        ("padding", "not said whether before or after the mean is subtracted", f"zeros, {padded} it"),
         ("range of the pixels", "not said", "divided by 255; the scale cancels in the first batch normalisation"),
         ("last batch of an epoch", "not said", "full, as all are: one stream of permutations, cut into batches"),
         ("running statistics of BN", "not said", "averages that move by 0.1 an update (PyTorch's default)"),

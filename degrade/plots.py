@@ -267,16 +267,13 @@ def _by_step(runs: "pd.DataFrame", measure: str) -> "pd.DataFrame":
     return table.dropna()
 
 
-def draw_identity(
-    record: Mapping[str, Any], continued: Sequence[Epoch], scratch: Sequence[Epoch], dataset: str
-) -> Figure:
+def draw_identity(record: Mapping[str, Any], continued: Sequence[Epoch], dataset: str) -> Figure:
     """Training on from the identity construction: training error v step, beside the shallow net's and that of the
     same depth trained from scratch.
 
     Args:
         record: of identity.json.
         continued: the log of the run that went on from the construction.
-        scratch: the log of one trained from scratch; its last error is drawn.
         dataset: whose chance error is drawn where the errors come near it.
     """
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
@@ -287,8 +284,8 @@ def draw_identity(
     steps, errors = [0, *(e.step for e in continued)], [start, *(e.train_error for e in continued)]
     ax.plot(steps, errors, color=colour, marker=MARKERS[record["block"]], label=f"{deep}, from the construction")
     levels = [(start, f"{shallow}, and the construction", (0, (5, 3)))]
-    if scratch:
-        levels.append((scratch[-1].train_error, f"{deep}, from scratch, after {scratch[-1].step:,} steps", (0, (1, 2))))
+    if scratch := record["scratch"]:
+        levels.append((scratch["train_error"], f"{deep}, from scratch, after {scratch['steps']:,} steps", (0, (1, 2))))
     for value, label, style in levels:
         ax.axhline(value, color="0.35", linewidth=1.2, linestyle=style, label=label, zorder=1)
     ax.set_xlim(left=0)

@@ -134,7 +134,7 @@ class Part:
 
 
 def folder_of(study: Study) -> Path:
-    return study.folder / "probes"
+    return study.folder / store.PROBES
 
 
 def digest(text: str) -> str:
@@ -310,15 +310,35 @@ def probe_parts(parts: Sequence[Part], data_dir: Path, device: str) -> Iterator[
 
 
 def table(study: Study, probe: str) -> str:
-    """The CSV of all parts that are complete, by block, depth and seed."""
-    found = []
+    """The CSV of all parts that are complete, by block, depth and seed.
+
+    Of runs that have no part here, the rows that it had before are kept: parts stay out of git, tables go in.
+    """
+    folder, found = folder_of(study), []
+    kept = _rows_by_part(folder / f"{probe}.csv")
     for run in study.runs:
-        for name in (run.folder.name, f"{run.folder.name}.init"):
-            stored, text = read_part(folder_of(study) / probe / f"{name}.csv")
+        for init in (0, 1):
+            path = folder / probe / f"{run.folder.name}{'.init' if init else ''}.csv"
+            stored, text = read_part(path)
             if stored.get("csv") == digest(text):
                 found.append(text)
+            elif not path.with_suffix(".json").exists() and (run.folder.name, str(init)) in kept:
+                found.append(kept[run.folder.name, str(init)])
     header = found[-1].partition("\n")[0] + "\n" if found else ""
     return header + "".join(text.removeprefix(header) for text in found if text.startswith(header))
+
+
+def _rows_by_part(path: Path) -> dict[tuple[str, str], str]:
+    """The rows of a table by run id and init, each with the header."""
+    if not path.is_file():
+        return {}
+    header, *lines = path.read_text(errors="replace").splitlines(keepends=True) or [""]
+    rows: dict[tuple[str, str], str] = {}
+    for line in lines:
+        if len(first := line.split(",")[: len(FIRST)]) == len(FIRST):
+            part = first[-2], first[-1]  # its id and init
+            rows[part] = rows.get(part, header) + line
+    return rows
 
 
 def _measure(part: Part, data_dir: Path, device: str, lock: commit.Lock) -> Iterator[int]:
@@ -371,12 +391,11 @@ def records(part: Part, splits: Splits, skip: int) -> Iterator[dict[str, object]
         raise Failure(f"{part.run.folder}: its weights have changed since the plan was made")
     net = nets[-1]
     splits = replace(splits, mean=net.mean)
-    imported = part.run.imported is not None
     if part.probe == "bn":
         train, test = bn_images(config, asked["images"])
         train_images, test_images = some(splits.train, train, config), some(splits.test, test, config)
         calibration = some(splits.train, recalibration_images(config, train), config)
-        batches = (x for x, _ in training_batches(replace(splits, train=calibration), config.seed, black=imported))
+        batches = (x for x, _ in training_batches(replace(splits, train=calibration), config))
         yield from islice(bn_rows(net.net, train_images, test_images, net.mean, batches), skip, None)
         return
     images = some(splits.test if part.probe == "lesion" else splits.train, asked["images"], config)
@@ -385,12 +404,12 @@ def records(part: Part, splits: Splits, skip: int) -> Iterator[dict[str, object]
         rows = responses(net.net, images.images, net.mean, batch_statistics=part.init)
         yield from (row | {"images": len(images)} for row in islice(rows, skip, None))
     elif part.probe == "gradients":
-        rows = (row for net in nets for row in gradient_rows(net, splits, config.seed, black=imported))
+        rows = (row for net in nets for row in gradient_rows(net, splits))
         yield from islice(rows, skip, None)
     elif part.probe == "lesion":
         yield from lesion(net.net, images.images, images.labels, net.mean, seed=config.seed, skip=skip)
     else:
-        settled = in_eval_mode(net, splits, config.seed)
+        settled = in_eval_mode(net, splits)
         for dimension, points in ((1, 2 * asked["points"] + 1), (2, asked["points"])):
             there = landscape_rows(points, dimension)
             yield from landscape(
@@ -406,39 +425,36 @@ def records(part: Part, splits: Splits, skip: int) -> Iterator[dict[str, object]
             skip = max(skip - there, 0)
 
 
-def gradient_rows(net: Trained, splits: Splits, seed: int, *, black: bool) -> Iterator[dict[str, object]]:
+def gradient_rows(net: Trained, splits: Splits) -> Iterator[dict[str, object]]:
     """Norms on augmented batches, then correlations on the images as they are; all of the training images given."""
     images = splits.train
     x = normalise(images.images, net.mean).contiguous(memory_format=torch.channels_last)
-    settled = in_eval_mode(net, splits, seed)
+    settled = in_eval_mode(net, splits)
     for rows in (
-        norms(net.net, training_batches(splits, seed, black=black)),
-        correlation(settled, x, images.labels, seed=seed),
+        norms(net.net, training_batches(splits, net.config)),
+        correlation(settled, x, images.labels, seed=net.config.seed),
     ):
         for row in rows:
             yield {"kind": row["kind"], "step": net.step} | row | {"images": len(images)}
 
 
-def in_eval_mode(net: Trained, splits: Splits, seed: int) -> CifarNet:
+def in_eval_mode(net: Trained, splits: Splits) -> CifarNet:
     """The net, or a fresh one with the statistics of these training images: it has none of its own yet."""
-    return net.net if net.step else recalibrated(net.net, (x for x, _ in training_batches(splits, seed)))
+    return net.net if net.step else recalibrated(net.net, (x for x, _ in training_batches(splits, net.config)))
 
 
-def training_batches(splits: Splits, seed: int, *, black: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+def training_batches(splits: Splits, config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised, cropped and flipped batches of 128 training images: each image once, less a last partial batch.
 
     Args:
         splits: of which the training images are taken.
-        seed: of the order, crops and flips.
-        black: pad with black, as who crops before the mean is subtracted (torchvision's usual transforms do). The
-            statistics of published nets are those of such images, and recalibrated on others they are worse.
+        config: whose seed and padding they have. Statistics recalibrated on crops that are padded otherwise than
+            those that the net was trained on are worse.
     """
-    plan = SamplePlan(len(splits.train), min(BATCH, len(splits.train)), seed)
-    cropped = replace(splits, mean=torch.zeros_like(splits.mean)) if black else splits
+    plan = SamplePlan(len(splits.train), min(BATCH, len(splits.train)), config.seed)
     for step in range(len(splits.train) // plan.batch_size):
         batch = Batch(*(choice.to(splits.mean.device) for choice in vars(plan.batch(step)).values()))
-        x, y = training_batch(cropped, batch)
-        yield x - splits.mean if black else x, y
+        yield training_batch(splits, batch, config.padding)
 
 
 def some(images: Images, count: int, config: RunConfig) -> Images:

@@ -19,14 +19,36 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from degrade.config import BLOCKS
+from degrade.config import BLOCKS, matches_protocol
+from degrade.errors import Failure
 from degrade.plots import COLOURS, MARKERS
+from degrade.store import PROBES, Study
 
 if TYPE_CHECKING:
     import pandas as pd
 
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
 GREY = "0.4"
+
+
+def of_study(study: Study) -> dict[str, Figure]:
+    """The figures of all that was probed of a study, by name.
+
+    Raises:
+        Failure: a table is not one of `degrade probe`'s.
+    """
+    import pandas as pd
+
+    changed = "" if matches_protocol(study.shared, study.protocol) else ", changed"
+    protocol, width = f"protocol {study.protocol}{changed}", f"width {study.shared['width']}"
+    about = f"{study.name}: {study.shared['dataset']}, {protocol}, {width}"
+    drawn: dict[str, Figure] = {}
+    for path in sorted((study.folder / PROBES).glob("*.csv")):
+        try:
+            drawn |= figures(path.stem, pd.read_csv(path), about)
+        except (KeyError, TypeError, ValueError) as error:
+            raise Failure(f"{path} is not a table of degrade probe's ({type(error).__name__}: {error})") from None
+    return drawn
 
 
 def figures(probe: str, rows: "pd.DataFrame", about: str) -> dict[str, Figure]:

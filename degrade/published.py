@@ -116,14 +116,14 @@ def _by_order(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return groups
 
 
-def fit(config: RunConfig, tensors: Mapping[str, Tensor], *, std: Sequence[float], padding: str) -> CifarNet:
+def fit(config: RunConfig, tensors: Mapping[str, Tensor], *, std: Sequence[float], zero_channels: str) -> CifarNet:
     """The net of `config` with these weights, in eval mode.
 
     Args:
         config: of the run that they will be.
         tensors: in each kind of layer, in the order in which data passes through.
         std: what the net's input was divided by, a channel each.
-        padding: where option A put the zero channels: "appended", or on "both-sides".
+        zero_channels: where option A put them: "appended", or on "both-sides".
 
     Raises:
         ValueError: they are not this net's.
@@ -139,7 +139,7 @@ def fit(config: RunConfig, tensors: Mapping[str, Tensor], *, std: Sequence[float
             if "bias" in group:
                 _norm_after(net, convolution).running_mean.sub_(group["bias"])  # type: ignore[union-attr]
         net.conv.weight.div_(torch.tensor(std).view(1, 3, 1, 1))
-        if padding == "both-sides" and config.block != "plain" and config.shortcut == "A":
+        if zero_channels == "both-sides" and config.block != "plain" and config.shortcut == "A":
             _append_zero_channels(net)
     return net.eval()
 
@@ -264,7 +264,7 @@ class Source(NamedTuple):
         file: their file's name.
         source: where it is from, and under which licence.
         std: of the input, a channel each, of pixels / 255; 1 where it was divided by nothing.
-        padding: where option A put the zero channels, of `config.PADDINGS`.
+        zero_channels: where option A put them, of `config.ZERO_CHANNELS`.
         departures: from the protocol of the configuration, a line each.
         claimed_train_error, claimed_test_error: fractions; None where nothing is claimed.
     """
@@ -272,7 +272,7 @@ class Source(NamedTuple):
     file: str
     source: str
     std: tuple[float, ...]
-    padding: str
+    zero_channels: str
     departures: tuple[str, ...]
     claimed_train_error: float | None
     claimed_test_error: float | None
@@ -304,7 +304,7 @@ def import_weights(
         tensors = {name: tensors[name] for name in own}
     elif is_safetensors(data):
         raise ValueError("safetensors keep no order, and its names are not those of degrade export: use a state dict")
-    net = fit(config, tensors, std=source.std, padding=source.padding)
+    net = fit(config, tensors, std=source.std, zero_channels=source.zero_channels)
     net.to(memory_format=torch.channels_last)
     train_loss, train_error = _measure(net, splits.train, splits.mean)
     test_loss, test_error = _measure(net, splits.test, splits.mean)
@@ -327,7 +327,7 @@ def import_weights(
         "source": source.source,
         "departures": list(source.departures),
         "std": source.std,
-        "padding": source.padding,
+        "zero_channels": source.zero_channels,
         "claimed": {"train_error": source.claimed_train_error, "test_error": source.claimed_test_error},
         "measured": {"train_error": train_error, "test_error": test_error},
         "log": bool(log),

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 STUDY, CONFIG, LOG, TIMING = "study.json", "config.json", "log.csv", "timing.csv"
 ENVIRONMENT, CHECKPOINTS, ERROR, LOCK = "environment.json", "checkpoints", "error.txt", "lock"
 IMPORTED, WEIGHTS = "imported.json", "weights.pt"
+IDENTITY, PROBES, FIGURES = "identity.json", "probes", "figures"  # of a study
 FINISHED = ("done", "diverged")  # the statuses of runs that count as results
 
 

@@ -159,7 +159,7 @@ class Training:
         """The same for every device, and all of it in tensors: the choices, the batch, the gradient, the update."""
         if not self.net.training:
             self.net.train()
-        x, y = training_batch(self.splits, self.choices.row(self.row))
+        x, y = training_batch(self.splits, self.choices.row(self.row), self.config.padding)
         self.lr.copy_(self.lrs.index_select(0, self.row)[0])
         with autocast(self.config.precision, self.device):
             logits = self.net(x).float()
@@ -320,10 +320,12 @@ def read_state(state: bytes) -> State:
         raise ValueError(f"it is not a checkpoint of degrade's ({type(error).__name__}: {reason[:200]})") from None
 
 
-def training_batch(splits: Splits, batch: Batch) -> tuple[Tensor, Tensor]:
+def training_batch(splits: Splits, batch: Batch, padding: str = "mean") -> tuple[Tensor, Tensor]:
     """Normalised, cropped and flipped images (B, 3, H, W) and their labels (B,); all on one device."""
-    x = normalise(splits.train.images[batch.index], splits.mean)
-    return augment(x, batch), splits.train.labels[batch.index]
+    images, labels = splits.train.images[batch.index], splits.train.labels[batch.index]
+    if padding == "black":
+        return augment(images.float().div_(255), batch).sub_(splits.mean), labels
+    return augment(normalise(images, splits.mean), batch), labels
 
 
 def parameter_groups(net: nn.Module, weight_decay: float, decay: str) -> list[dict[str, object]]:

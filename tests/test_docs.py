@@ -63,13 +63,14 @@ STUDIES = sorted((ROOT / "results").glob("*/study.json"))
 class TestReferenceResults:
     def test_every_run_is_done_and_named_by_its_configuration(self, path):
         study = store.Study.open(path.parent)
-        assert [run.status for run in study.runs] == ["done"] * 12
+        counts = {"a-martyn": 8} | dict.fromkeys(("shapes-demo", "cifar10-demo"), 12)
+        assert [run.status for run in study.runs] == ["done"] * counts.get(path.parent.name, 1)
         assert path.parent.name in TEXT
 
     def test_its_figures_are_of_its_logs(self, path, tmp_path):
         """Drawn anew they are the same: every byte of the SVG but for its coordinates' last digits."""
         figures = plots.figures(degrade.load(path.parent))
-        assert {p.stem for p in (path.parent / "figures").iterdir()} == set(figures)
+        assert {p.stem for p in (path.parent / "figures").iterdir()} >= set(figures)
         for name, figure in figures.items():
             plots.save(figure, tmp_path, name)
             for kind in plots.FORMATS:

@@ -29,6 +29,7 @@ OTHERS = {
     "momentum": (0.8, "0.8"),
     "weight_decay": (5e-4, "0.0005"),
     "decay": ("conv", "only"),
+    "padding": ("black", "zeros, before it"),
     "precision": ("bf16", "bf16"),
 }
 

@@ -57,25 +57,25 @@ class TestNames:
     @pytest.mark.parametrize("block", ["plain", "residual", "preact"])
     def test_its_own(self, block):
         net = lively(block)
-        there = fit(config(block), net.state_dict(), std=ONES, padding="appended")
+        there = fit(config(block), net.state_dict(), std=ONES, zero_channels="appended")
         assert torch.equal(there(X), net(X))
 
     @pytest.mark.parametrize("shortcut", ["B", "C"])
     def test_projections(self, shortcut):
         net = lively("residual", shortcut=shortcut)
-        there = fit(config("residual", shortcut=shortcut), net.state_dict(), std=ONES, padding="appended")
+        there = fit(config("residual", shortcut=shortcut), net.state_dict(), std=ONES, zero_channels="appended")
         assert torch.equal(there(X), net(X))
 
     def test_prefixes_and_other_names(self):
         net = lively()
         named = {f"module.features.{name}": value for name, value in net.state_dict().items()}
-        assert torch.equal(fit(config(), named, std=ONES, padding="appended")(X), net(X))
+        assert torch.equal(fit(config(), named, std=ONES, zero_channels="appended")(X), net(X))
 
     def test_names_that_say_nothing(self):
         net = lively()
         values = [value for name, value in net.state_dict().items() if "num_batches" not in name]
         numbered = {f"param_{i}": value for i, value in enumerate(values)}
-        assert torch.equal(fit(config(), numbered, std=ONES, padding="appended")(X), net(X))
+        assert torch.equal(fit(config(), numbered, std=ONES, zero_channels="appended")(X), net(X))
 
     def test_convolutions_stored_before_the_norms_of_their_block(self):
         """As by a class that makes conv1 and conv2 first, then bn1 and bn2."""
@@ -92,13 +92,13 @@ class TestNames:
             for name, value in sorted(group, key=lambda item: order["bn" if ".bn" in item[0] else "conv"])
         }
         assert list(there) != list(net.state_dict())
-        assert torch.equal(fit(config(), there, std=ONES, padding="appended")(X), net(X))
+        assert torch.equal(fit(config(), there, std=ONES, zero_channels="appended")(X), net(X))
 
     def test_half_and_double_precision(self):
         net = lively()
         for dtype in (torch.float16, torch.float64):
             cast = {n: v.to(dtype) if v.is_floating_point() else v for n, v in net.state_dict().items()}
-            there = fit(config(), cast, std=ONES, padding="appended")
+            there = fit(config(), cast, std=ONES, zero_channels="appended")
             assert all(p.dtype == torch.float32 for p in there.parameters())
             torch.testing.assert_close(there(X), net(X), rtol=0.05, atol=0.05)
 
@@ -132,7 +132,7 @@ class TestSameFunction:
             if isinstance(module, nn.Conv2d):
                 module.bias = nn.Parameter(torch.randn(module.out_channels) / 2)
         assert not torch.allclose(biased(X), net(X))
-        there = fit(config("residual"), biased.state_dict(), std=ONES, padding="appended")
+        there = fit(config("residual"), biased.state_dict(), std=ONES, zero_channels="appended")
         assert all(m.bias is None for m in there.modules() if isinstance(m, nn.Conv2d))
         same_function(biased, there)
 
@@ -140,7 +140,7 @@ class TestSameFunction:
         net = lively("preact")
         net.blocks[0].conv2.bias = nn.Parameter(torch.ones(4))
         with pytest.raises(ValueError, match="a convolution has a bias, and no BN follows"):
-            fit(config("preact"), net.state_dict(), std=ONES, padding="appended")
+            fit(config("preact"), net.state_dict(), std=ONES, zero_channels="appended")
 
     @pytest.mark.parametrize("block", ["residual", "preact"])
     def test_zero_channels_on_both_sides(self, block, monkeypatch):
@@ -153,12 +153,12 @@ class TestSameFunction:
             context.setattr(PadShortcut, "forward", both_sides)
             theirs = net(X)
         assert not torch.allclose(theirs, net(X), atol=1e-3)
-        there = fit(config(block, 20), net.state_dict(), std=ONES, padding="both-sides")
+        there = fit(config(block, 20), net.state_dict(), std=ONES, zero_channels="both-sides")
         torch.testing.assert_close(there(X), theirs, rtol=1e-4, atol=1e-4)
 
     def test_what_the_input_was_divided_by(self):
         net, std = lively(), (0.2, 0.25, 0.3)
-        there = fit(config(), net.state_dict(), std=std, padding="appended")
+        there = fit(config(), net.state_dict(), std=std, zero_channels="appended")
         same_function(nn.Sequential(Divided(std), net), there)
 
 
@@ -184,7 +184,7 @@ class Divided(nn.Module):
 )
 def test_weights_of_another_net(damage, rule):
     with pytest.raises(ValueError, match=rule):
-        fit(config(), damage(lively().state_dict()), std=ONES, padding="appended")
+        fit(config(), damage(lively().state_dict()), std=ONES, zero_channels="appended")
 
 
 def test_a_count_of_vectors_that_is_no_norm():
@@ -364,7 +364,11 @@ class TestCommands:
             (["net.pt", "--set", "color=red"], 2, "unknown field color"),
             (["net.pt", "--mean", "0.5"], 2, "--mean must be three numbers"),
             (["net.pt", "--std", "0,1,1"], 2, "--std must be above 0"),
-            (["net.pt", "--padding", "left"], 2, "--padding must be one of appended, both-sides; got 'left'"),
+            (
+                ["net.pt", "--zero-channels", "left"],
+                2,
+                "--zero-channels must be one of appended, both-sides; got 'left'",
+            ),
             (["net.pt", "--log", "none.csv"], 1, "none.csv: No such file"),
             (["none.pt"], 1, "none.pt: No such file"),
             (["."], 1, "Is a directory"),
@@ -399,7 +403,7 @@ def test_published_weights_have_their_published_error_to_the_digit(cifar10_dir, 
     mean, std = (0.4918687901200927, 0.49185976472299225, 0.4918583862227116), (0.24697121702736, 0.24696766978537033)
     published = RunConfig(block=block, depth=20, seed=0, input_mean=mean)
     tensors = state_dict(read_tensors((PEERS / f"{file}.pt").read_bytes()))
-    net = fit(published, tensors, std=(*std, 0.2469719877121087), padding="appended")
+    net = fit(published, tensors, std=(*std, 0.2469719877121087), zero_channels="appended")
     splits = load("cifar10", data_dir=cifar10_dir, input_mean=mean)
     torch.set_num_threads(2)
     assert evaluate(net, splits.test.images, splits.test.labels, splits.mean)[1] == test_error

@@ -9,6 +9,7 @@ from conftest import smoke
 from torch import nn
 
 from degrade.data import Images, load
+from degrade.data.plan import SamplePlan
 from degrade.evaluate import BATCH_SIZES, evaluate
 from degrade.nets import cifar_net
 from degrade.train import Training, load_splits, parameter_groups, train, training_batch
@@ -244,3 +245,18 @@ def test_the_paper_protocol_runs_on_genuine_cifar10(cifar10_dir):
     loss, error = evaluate(training.net, splits.test.images, splits.test.labels, splits.mean)
     assert 0 < error <= 1
     assert math.isfinite(loss)
+
+
+def test_crops_are_padded_with_the_mean_or_with_black(data_dir):
+    """As zeros after the mean was subtracted, or before."""
+    splits = load_splits(smoke(), data_dir, "cpu")
+    batch = SamplePlan(len(splits.train), 64, 0).batch(0)
+    (grey, labels), (black, same) = (training_batch(splits, batch, padding) for padding in ("mean", "black"))
+    assert torch.equal(labels, same)
+    padded = (grey == 0).all(1, keepdim=True).expand_as(grey)
+    assert 0.01 < padded.double().mean() < 0.5
+    assert (black + splits.mean)[padded].abs().max() < 1e-6
+    assert (black + splits.mean).min() > -1e-6
+    # Each image carries its own mean along when it is shifted; padded with black, the mean stays where it is.
+    unshifted = (batch.dy == 4) & (batch.dx == 4) & ~batch.flip
+    assert torch.allclose(grey[unshifted], black[unshifted], atol=1e-6)

@@ -103,6 +103,11 @@ def count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
+def say_paths(paths: Sequence[Path]) -> None:
+    kinds = [path.suffix[1:] for path in paths]
+    say(f"{paths[0].with_suffix('')}.{{{','.join(kinds)}}}" if len(kinds) > 1 else str(paths[0]))
+
+
 def say_errors(runs: Sequence[store.Run]) -> None:
     for run in runs:
         if run.status == "failed":

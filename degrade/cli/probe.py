@@ -11,8 +11,8 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from degrade import store, terminal
-from degrade.cli.app import Results, app, console, count, distinct, machine_of, names, numbers, say, tell
-from degrade.config import RunConfig, matches_protocol
+from degrade.cli.app import Results, app, console, count, distinct, machine_of, names, numbers, say, say_paths, tell
+from degrade.config import RunConfig
 from degrade.errors import Failure
 from degrade.stopping import stopping
 
@@ -180,18 +180,11 @@ def _measure(parts: Sequence["Part"], needed: Sequence[float], data_dir: Path | 
 
 def _draw(parts: Sequence["Part"], kinds: Sequence[str]) -> None:
     """Draw what has been measured of each study, and say where it is."""
-    import pandas as pd
-
     from degrade import plots, probe_plots
     from degrade.probe import folder_of
 
     for study in {part.study.folder: part.study for part in parts}.values():
-        changed = "" if matches_protocol(study.shared, study.protocol) else ", changed"
-        protocol, width = f"protocol {study.protocol}{changed}", f"width {study.shared['width']}"
-        about = f"{study.name}: {study.shared['dataset']}, {protocol}, {width}"
         for probe in dict.fromkeys(part.probe for part in parts if part.study == study):
-            path = folder_of(study) / f"{probe}.csv"
-            say(str(path))
-            for name, figure in probe_plots.figures(probe, pd.read_csv(path), about).items():
-                paths = plots.save(figure, study.folder / "figures", name, kinds)
-                say(f"{paths[0].with_suffix('')}.{{{','.join(kinds)}}}" if len(kinds) > 1 else str(paths[0]))
+            say(str(folder_of(study) / f"{probe}.csv"))
+        for name, figure in probe_plots.of_study(study).items():
+            say_paths(plots.save(figure, study.folder / store.FIGURES, name, kinds))

@@ -5,13 +5,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from degrade import paper, store, terminal
-from degrade.cli.app import Results, app, console, count, epochs_of, leave, names, say, say_errors, tell
+from degrade.cli.app import Results, app, console, count, epochs_of, leave, names, say, say_errors, say_paths, tell
 
 if TYPE_CHECKING:
     from degrade.analysis.verdict import Grid, Verdict
@@ -83,7 +83,7 @@ def plot(
     ] = None,
     formats: Annotated[str, typer.Option(help="Any of png, svg, pdf.")] = "png,svg,pdf",
 ) -> int:
-    """Draw each study: training error v depth, error curves, test error v depth, the gap between the two.
+    """Draw each study: training error v depth, error curves, test error v depth, the gap; and what was probed.
 
     Studies that differ in one field alone, as sweep --grid makes them, are drawn side by side too, in figures/ here.
 
@@ -96,13 +96,13 @@ def plot(
     studies, damaged = store.find_studies(results)
     epochs = epochs_of(results, studies, damaged)
 
-    from degrade import plots
+    from degrade import plots, probe_plots
 
-    folders = {study.name: study.folder for study in studies}
     for name, rows in epochs.groupby("study", sort=True):
-        folder = out / name if out else folders[name] / "figures"
-        for title, figure in plots.figures(rows).items():
-            _say_paths(plots.save(figure, folder, title, kinds))
+        study = next(study for study in studies if study.name == name)
+        folder = out / name if out else study.folder / store.FIGURES
+        for title, figure in (plots.figures(rows) | _identity(study) | probe_plots.of_study(study)).items():
+            say_paths(plots.save(figure, folder, title, kinds))
     grids = _grids(studies)
     fields = [grid.field for grid in grids]
     for grid in grids:
@@ -110,13 +110,19 @@ def plot(
         if fields.count(grid.field) > 1:
             name += f"-{min(grid.values).replace('/', '-')}"
         if side_by_side := plots.draw_grid(epochs, grid):
-            _say_paths(plots.save(side_by_side, out or results / "figures", name, kinds))
+            say_paths(plots.save(side_by_side, out or results / store.FIGURES, name, kinds))
     return tell(damaged)
 
 
-def _say_paths(paths: Sequence[Path]) -> None:
-    kinds = [path.suffix[1:] for path in paths]
-    say(f"{paths[0].with_suffix('')}.{{{','.join(kinds)}}}" if len(kinds) > 1 else str(paths[0]))
+def _identity(study: store.Study) -> dict[str, Any]:
+    """The figure of a study that goes on from an identity construction; none of another."""
+    from degrade import plots
+
+    continued = [run for run in study.runs if run.epochs]
+    if not continued or not (study.folder / store.IDENTITY).exists():
+        return {}
+    record = store.read_json(study.folder / store.IDENTITY)
+    return {"identity": plots.draw_identity(record, continued[0].epochs, continued[0].config.dataset)}
 
 
 @app.command()

@@ -141,6 +141,7 @@ def sweep(
     input_mean: Annotated[
         str | None, _field(str, "Subtracted from the input: 0.49,0.48,0.45.", show_default="per pixel")
     ] = None,
+    padding: Annotated[str | None, _field(str, "Of the crops: mean or black.")] = None,
     precision: Annotated[
         str | None, _field(str, "fp32, tf32 or bf16.", show_default="tf32 on GPUs that have it")
     ] = None,
@@ -176,6 +177,7 @@ def sweep(
         "test_images": test_images,
         "split_seed": split_seed,
         "input_mean": channels(input_mean, "--input-mean"),
+        "padding": padding,
         "precision": precision,
     }
     wanted, axes = _wanted(spec, {name: value for name, value in flags.items() if value is not None}, grid or [])

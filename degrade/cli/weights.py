@@ -24,7 +24,7 @@ from degrade.cli.app import (
     study_folder,
     train_live,
 )
-from degrade.config import PADDINGS, PROTOCOLS, RunConfig, overridden, protocol_fields, study_name
+from degrade.config import PROTOCOLS, ZERO_CHANNELS, RunConfig, overridden, protocol_fields, study_name
 from degrade.log import Epoch
 from degrade.stopping import stopping
 
@@ -50,7 +50,7 @@ def import_(
         str | None, typer.Option(help="Of the input, a channel each.", show_default="per pixel, of the training images")
     ] = None,
     std: Annotated[str | None, typer.Option(help="What the input was divided by.", show_default="1,1,1")] = None,
-    padding: Annotated[str, typer.Option(help="Zero channels of option A: appended, or both-sides.")] = "appended",
+    zero_channels: Annotated[str, typer.Option(help=f"Of option A: {' or '.join(ZERO_CHANNELS)}.")] = "appended",
     key: Annotated[str | None, typer.Option(help="Of the state dict, where the file holds several.")] = None,
     log: Annotated[Path | None, typer.Option(help="The published log: a CSV with a row an epoch.")] = None,
     columns: Annotated[str | None, typer.Option(help="Its columns: test_error=test_err,train_error=1-acc,...")] = None,
@@ -81,8 +81,8 @@ def import_(
     chosen.check([config])
     if (folder / config.run_id / store.LOG).exists():
         leave(f"{folder / config.run_id} is there already, and stays as it is; --seed or --study gives another", 1)
-    if padding not in PADDINGS:
-        raise ValueError(f"--padding must be one of {', '.join(PADDINGS)}; got {padding!r}")
+    if zero_channels not in ZERO_CHANNELS:
+        raise ValueError(f"--zero-channels must be one of {', '.join(ZERO_CHANNELS)}; got {zero_channels!r}")
     data = weights.read_bytes()
 
     from degrade import data as images
@@ -102,7 +102,7 @@ def import_(
             file=weights.name,
             source=source,
             std=scale,
-            padding=padding,
+            zero_channels=zero_channels,
             departures=tuple(departures or ()),
             claimed_train_error=claimed[0] if claimed_train_error is None else claimed_train_error / 100,
             claimed_test_error=claimed[1] if claimed_test_error is None else claimed_test_error / 100,
@@ -239,12 +239,12 @@ def identity(
             machine = machine_of(device, [base], "1", threads, "auto", compiled)
             train_live(chosen, [continued], machine, where, bench.estimate([base], machine))
             (continued,) = engine.find_runs(chosen, [base])
-    scratch = construction.from_scratch(there, depth)
-    record["finding"] = construction.finding(record, continued, scratch)
+    record["scratch"] = construction.from_scratch(there, depth)
+    record["finding"] = construction.finding(record, continued)
     construction.write(chosen, record)
     if continued and continued.epochs:
-        figure = plots.draw_identity(record, continued.epochs, scratch.epochs if scratch else [], base.dataset)
-        for path in plots.save(figure, folder / "figures", "identity"):
+        figure = plots.draw_identity(record, continued.epochs, base.dataset)
+        for path in plots.save(figure, folder / store.FIGURES, "identity"):
             say(str(path))
     say(record["finding"])
     if continued and continued.status != "done":
