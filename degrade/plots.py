@@ -102,7 +102,8 @@ def by_depth(ax: Axes, final: "pd.DataFrame", measure: str) -> Axes:
             label, marker = f"{block}, He et al. 2015", MARKERS[block]
             ax.plot(x, y, color=COLOURS[block], marker=marker, markerfacecolor="none", linestyle=":", label=label)
     ax.plot([], [], "o", color="0.4", markeredgecolor="white", markersize=4.5, label="one seed")
-    ax.fill_between([], [], [], color="0.4", alpha=0.25, linewidth=0, label="lowest to highest seed")
+    if _several_seeds(final):
+        ax.fill_between([], [], [], color="0.4", alpha=0.25, linewidth=0, label="lowest to highest seed")
     ax.set_xticks(sorted(depths))
     ax.set_xlabel("depth (weight layers)")
     ax.set_ylabel({"train_error": "training error", "test_error": "test error", "gap": "difference in points"}[measure])
@@ -214,7 +215,8 @@ def curves(ax: Axes, epochs: "pd.DataFrame", block: str) -> Axes:
         ("learning rate / 10", 0.8, ":"),
     ):
         ax.plot([], [], color="0.4", linewidth=width, linestyle=style, label=label)
-    ax.fill_between([], [], [], color="0.4", alpha=0.25, linewidth=0, label="test error, lowest\nto highest seed")
+    if _several_seeds(epochs):
+        ax.fill_between([], [], [], color="0.4", alpha=0.25, linewidth=0, label="test error, lowest\nto highest seed")
     for milestone in epochs["milestones"].iloc[0]:
         ax.axvline(milestone, color="0.4", linewidth=0.8, linestyle=":", zorder=0)
     ax.set_xlim(left=0)
@@ -338,7 +340,13 @@ def _describe(epochs: "pd.DataFrame", field: str = "") -> str:
     text = f"{row['dataset']}, protocol {protocol}{steps}\n{', '.join([*parts.values(), seeds])}"
     lost = epochs[epochs["status"] == "diverged"]
     names = sorted({f"{r.block}-{r.depth}-s{r.seed}{f' of {r.study}' if field else ''}" for r in lost.itertuples()})
+    if row["imported"]:
+        text += "\nimported: trained elsewhere; the last errors are those of the weights, measured here"
     return text + (f"\ndiverged, at chance: {', '.join(names)}" if names else "")
+
+
+def _several_seeds(runs: "pd.DataFrame") -> bool:
+    return bool(runs.groupby(["block", "depth"])["seed"].nunique().max() > 1)
 
 
 def _published(net: paper.Published, measure: str) -> float | None:
