@@ -11,7 +11,7 @@ from test_published import X, lively
 from torch import nn
 from torch.nn import functional as F
 
-from degrade import commit, construction, store
+from degrade import commit, store
 from degrade.analysis.identity import BATCH_SIZE, compare, deepen, normalised, stage_statistics
 from degrade.data import Images, load
 from degrade.nets import cifar_net
@@ -164,7 +164,7 @@ class TestCommand:
         told = cli("identity", shallow(results, block), "--depth", "14", "--steps", "10", "--threads", "1")
         assert told.exit_code == 0, told
         folder = results / f"study-identity-{block}-8-14-s0"
-        record = json.loads((folder / construction.IDENTITY).read_text())
+        record = json.loads((folder / store.IDENTITY).read_text())
         run = store.Run.open("study", shallow(results, block))
         assert record["train"]["images"] == 256
         assert record["test"]["images"] == 128
@@ -209,7 +209,7 @@ class TestCommand:
     def test_without_steps_it_proves_only(self, results, cli):
         told = cli("identity", shallow(results, "plain"), "--depth", "20")
         assert told.exit_code == 0
-        assert [p.name for p in (results / "study-identity-plain-8-20-s0").iterdir()] == [construction.IDENTITY]
+        assert [p.name for p in (results / "study-identity-plain-8-20-s0").iterdir()] == [store.IDENTITY]
         assert "from scratch" not in told.stdout  # there is no plain-20 in that study
 
     def test_initial_weights_that_are_lost_are_not_replaced_by_others(self, results, cli):
