@@ -237,6 +237,9 @@ def _section(study: Study, epochs: "pd.DataFrame", anchor: str, out: Path) -> Se
         section.headline = headline(found) or "nothing to compare: two finished depths of one block are needed"
         section.findings = [(v.verdict, in_words(v)) for v in deepest(found)]
         section.tables["numbers"] = _numbers(final)
+    if constructed := _construction(study):
+        section.headline = constructed["finding"].partition(". ")[0]
+        section.findings.insert(0, ("identity", _plain(constructed["finding"], 1_000)))
     if found:
         section.tables["verdict"] = _verdict_table(found)
     if study.shared["steps"] < paper.STEPS:
@@ -258,6 +261,16 @@ def _section(study: Study, epochs: "pd.DataFrame", anchor: str, out: Path) -> Se
     section.tables["runs"] = _runs(study)
     section.commands = [_plain(command, 10_000) for command in commands(study)]
     return section
+
+
+def _construction(study: Study) -> dict[str, Any] | None:
+    """What `degrade identity` has stored of the construction that the study's run began from; None where none did."""
+    try:
+        record = store.read_json(study.folder / store.IDENTITY)
+    except (Failure, OSError):
+        return None
+    texts = [record.get("finding"), *(record.get("source") or {}).values(), record.get("deep")]
+    return record if all(isinstance(text, str | int) for text in texts) else None
 
 
 def _about(study: Study) -> str:
@@ -576,9 +589,15 @@ def _runs(study: Study) -> Table:
 
 
 def commands(study: Study) -> list[str]:
-    """The sweeps that redo the study; none where no sweep made it."""
+    """The commands that redo the study; none of imported runs."""
     shared = study.shared
-    if study.imported or shared["init"].startswith("identity:"):
+    if shared["init"].startswith("identity:"):
+        record = _construction(study)
+        source = study.folder.parent / record["source"]["study"] / record["source"]["run"] if record else "RUN"
+        asked = ["--depth", *sorted({str(run.config.depth) for run in study.runs}), "--steps", str(shared["steps"])]
+        asked += ["--lr", str(shared["lr"]), "--study", study.folder.resolve().name]
+        return [shlex.join(["degrade", "identity", str(source), *asked])]
+    if study.imported:
         return []
     fields = {name: value for name, value in shared.items() if name != "dataset"}
     protocol = study.protocol
