@@ -177,6 +177,7 @@ def test_records_are_what_show_prints(tmp_path):
         "depth": 8,
         "seed": 0,
         "status": "done",
+        "imported": False,
         "epoch": 2,
         "step": 24,
         "train_error": 0.7,
