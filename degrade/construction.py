@@ -22,6 +22,7 @@ from degrade.train import Training, training_batch
 from degrade.weights import Trained, make_net
 
 CALIBRATION_BATCHES = 50
+MARGIN = 0.005  # training error that is half a point higher has left the solution
 
 T = TypeVar("T")
 Progress = Callable[[Iterable[T], str, int], Iterable[T]]  # of what is iterated, what it is called, and how many
@@ -97,7 +98,7 @@ def begin(study: Study, config: RunConfig, trained: Trained, splits: Splits) -> 
 
     Args:
         study: of its own.
-        config: of the deeper run; its `init` names the shallow one.
+        config: of the run; its `init` names the shallow one, which it is deeper than, or as deep as (the control).
         trained: the shallow net.
         splits: the run's images.
     """
@@ -147,15 +148,16 @@ def from_scratch(run: Run, depth: int) -> dict[str, Any] | None:
     return {"run": best.folder.name, "train_error": last.train_error, "steps": last.step}
 
 
-def finding(record: dict[str, Any], continued: Run | None) -> str:
-    """What the construction shows, in a sentence or a few.
+def finding(record: dict[str, Any], continued: Run | None, control: Run | None) -> str:
+    """What the construction shows, in a few sentences.
 
     Args:
         record: of identity.json.
         continued: the run that was trained on from the constructed net, if any.
+        control: the shallow net itself, trained on in the same way, if it was.
     """
     deep, shallow = f"{record['block']}-{record['deep']}", f"{record['block']}-{record['shallow']}"
-    train = Comparison(**record["train"])
+    train, gap = Comparison(**record["train"]), Comparison(**record["start"]["training_mode"])
     same = (
         "every logit bit for bit"
         if not train.differing
@@ -167,21 +169,29 @@ def finding(record: dict[str, Any], continued: Run | None) -> str:
     )
     if record["scratch"]:
         text += f" Trained from scratch, {deep} ends at {_percent(record['scratch']['train_error'])}."
+    text += (
+        f" In training mode, on augmented batches with their own statistics, its error at step 0 is "
+        f"{_percent(gap.deep_error)} where the shallow net's is {_percent(gap.shallow_error)}."
+    )
     if continued and continued.epochs:
         last = continued.epochs[-1]
-        worse = last.train_error - train.deep_error
-        verdict = "training left the solution" if worse > 0.005 else "training did not leave it"
         steps = f"{last.step:,} step{'' if last.step == 1 else 's'}"
-        text += (
-            f" After {steps} from the construction at lr {continued.config.lr:g} it is at "
-            f"{_percent(last.train_error)}: {verdict}."
-        )
-    gap = Comparison(**record["start"]["training_mode"])
-    text += (
-        f" In training mode, with batch statistics, its error at step 0 is {_percent(gap.deep_error)} "
-        f"where the shallow net's is {_percent(gap.shallow_error)}."
-    )
+        text += f" After {steps} of training on at lr {continued.config.lr:g} it is at {_percent(last.train_error)}"
+        alike = control.epochs[-1].train_error if control and control.epochs else None
+        if alike is not None:
+            text += f", and {shallow} itself, trained on alike, at {_percent(alike)}"
+        text += f": {_left(last.train_error, train.deep_error, alike)}."
     return text
+
+
+def _left(error: float, start: float, control: float | None) -> str:
+    if error <= start + MARGIN:
+        return "training did not leave the solution"
+    if control is None:
+        return "training left the solution"
+    if error > control + MARGIN:
+        return "training left the solution, and the deeper net is further from it"
+    return "training left the solution, at this learning rate that of the shallow net too"
 
 
 def _percent(error: float) -> str:

@@ -269,13 +269,16 @@ def _by_step(runs: "pd.DataFrame", measure: str) -> "pd.DataFrame":
     return table.dropna()
 
 
-def draw_identity(record: Mapping[str, Any], continued: Sequence[Epoch], dataset: str) -> Figure:
-    """Training on from the identity construction: training error v step, beside the shallow net's and that of the
-    same depth trained from scratch.
+def draw_identity(
+    record: Mapping[str, Any], continued: Sequence[Epoch], control: Sequence[Epoch], dataset: str
+) -> Figure:
+    """Training on from the identity construction: training error v step, beside that of the shallow net trained on
+    alike, where both began, and the same depth trained from scratch.
 
     Args:
         record: of identity.json.
         continued: the log of the run that went on from the construction.
+        control: the log of the shallow net, trained on alike; empty where it was not.
         dataset: whose chance error is drawn where the errors come near it.
     """
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
@@ -285,6 +288,11 @@ def draw_identity(record: Mapping[str, Any], continued: Sequence[Epoch], dataset
     start = record["train"]["deep_error"]
     steps, errors = [0, *(e.step for e in continued)], [start, *(e.train_error for e in continued)]
     ax.plot(steps, errors, color=colour, marker=MARKERS[record["block"]], label=f"{deep}, from the construction")
+    if control:
+        alike = [start, *(e.train_error for e in control)]
+        label = f"{shallow}, trained on alike"
+        ax.plot([0, *(e.step for e in control)], alike, color="0.35", marker="o", markersize=5, label=label)
+        errors += alike
     levels = [(start, f"{shallow}, and the construction", (0, (5, 3)))]
     if scratch := record["scratch"]:
         levels.append((scratch["train_error"], f"{deep}, from scratch, after {scratch['steps']:,} steps", (0, (1, 2))))

@@ -594,7 +594,7 @@ def commands(study: Study) -> list[str]:
     if shared["init"].startswith("identity:"):
         record = _construction(study)
         source = study.folder.parent / record["source"]["study"] / record["source"]["run"] if record else "RUN"
-        asked = ["--depth", *sorted({str(run.config.depth) for run in study.runs}), "--steps", str(shared["steps"])]
+        asked = ["--depth", str(record["deep"] if record else "DEPTH"), "--steps", str(shared["steps"])]
         asked += ["--lr", str(shared["lr"]), "--study", study.folder.resolve().name]
         return [shlex.join(["degrade", "identity", str(source), *asked])]
     if study.imported:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from test_published import X, lively
 from torch import nn
 from torch.nn import functional as F
 
-from degrade import commit, store
+from degrade import commit, construction, store
 from degrade.analysis.identity import BATCH_SIZE, compare, deepen, normalised, stage_statistics
 from degrade.data import Images, load
 from degrade.nets import cifar_net
@@ -173,14 +174,16 @@ class TestCommand:
             error = getattr(run.epochs[-1], f"{split}_error")
             assert record[split]["deep_error"] == record[split]["shallow_error"] == error
         assert (record["start"]["training_mode"]["differing"] == 0) == (block != "plain")
-        (deeper,) = store.Study.open(folder).runs
+        control, deeper = store.Study.open(folder).runs
         assert (deeper.config.depth, deeper.config.lr, deeper.config.milestones) == (14, 0.002, ())
         assert deeper.config.init.startswith(f"identity:{run.folder.name}:")
-        assert deeper.status == "done"
+        assert (control.status, deeper.status) == ("done", "done")
+        assert replace(control.config, depth=14) == deeper.config
         scratch = next(
             r for r in store.Study.open(results / "study").runs if r.config.depth == 14 and r.config.block == block
         )
-        for error in (record["train"]["deep_error"], scratch.epochs[-1].train_error, deeper.epochs[-1].train_error):
+        runs = (scratch, deeper, control)
+        for error in (record["train"]["deep_error"], *(run.epochs[-1].train_error for run in runs)):
             assert f"{100 * error:.2f} %" in told.stdout
         assert "every logit bit for bit on 256 training images" in told.stdout
         assert record["finding"] in told.stdout
@@ -196,15 +199,28 @@ class TestCommand:
         write = commit.write_checkpoint
         monkeypatch.setattr(commit, "write_checkpoint", lambda *a, **k: kept.append(a) or write(*a, **k))
         assert cli("identity", shallow(results, "residual"), "--depth", "14", "--steps", "1").exit_code == 0
-        _, step, data = kept[0]
-        assert step == 0
-        state = read_state(data)
+        first, second = (read_state(data) for _, step, data in kept[:2] if step == 0)
+        assert (first.config.depth, second.config.depth) == (8, 14)
+        state = second
         assert not any(m.any() for m in state.momentum)
         deep, small = cifar_net(14, "residual", width=4), cifar_net(8, "residual", width=4)
         deep.load_state_dict(state.net, strict=False)
         (path, *_) = commit.checkpoints(shallow(results, "residual") / store.CHECKPOINTS)
         small.load_state_dict(read_state(path.read_bytes()).net, strict=False)
         assert torch.equal(deep.eval()(X), small.eval()(X))
+        assert all(torch.equal(small.state_dict()[name], value) for name, value in first.net.items())  # the control
+
+    @pytest.mark.parametrize(
+        ("error", "control", "words"),
+        [
+            (0.104, 0.102, "training did not leave the solution"),
+            (0.2, 0.1, "training left the solution, and the deeper net is further from it"),
+            (0.2, 0.198, "training left the solution, at this learning rate that of the shallow net too"),
+            (0.2, None, "training left the solution"),
+        ],
+    )
+    def test_what_is_said_of_training_on(self, error, control, words):
+        assert construction._left(error, 0.1, control) == words
 
     def test_without_steps_it_proves_only(self, results, cli):
         told = cli("identity", shallow(results, "plain"), "--depth", "20")
@@ -225,10 +241,11 @@ class TestCommand:
         study = store.Study.open(config.parent)
         from degrade import sweep
 
-        events = list(sweep.sweep(study, study.runs, sweep.Machine("cpu", 1, 1), Path("none")))
+        lost = [run for run in study.runs if run.config.depth == 14]
+        events = list(sweep.sweep(study, lost, sweep.Machine("cpu", 1, 1), Path("none")))
         assert "has lost its initial weights" in str(events[-1][1].value)
         with pytest.raises(ValueError, match="degrade identity makes such a run"):
-            train(study.runs[0].config)
+            train(lost[0].config)
 
     def test_another_learning_rate_needs_a_study_of_its_own(self, results, cli):
         construction_run(results, cli)

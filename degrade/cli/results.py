@@ -118,11 +118,14 @@ def _identity(study: store.Study) -> dict[str, Any]:
     """The figure of a study that goes on from an identity construction; none of another."""
     from degrade import plots
 
-    continued = [run for run in study.runs if run.epochs]
-    if not continued or not (study.folder / store.IDENTITY).exists():
+    if not (study.folder / store.IDENTITY).exists():
         return {}
     record = store.read_json(study.folder / store.IDENTITY)
-    return {"identity": plots.draw_identity(record, continued[0].epochs, continued[0].config.dataset)}
+    logs = {run.config.depth: run.epochs for run in study.runs}
+    continued, control = (logs.get(record[depth], []) for depth in ("deep", "shallow"))
+    if not continued:
+        return {}
+    return {"identity": plots.draw_identity(record, continued, control, study.shared["dataset"])}
 
 
 @app.command()

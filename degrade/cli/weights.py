@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from degrade.cli.app import (
     machine_of,
     names,
     say,
+    say_paths,
     study_folder,
     train_live,
 )
@@ -200,6 +202,8 @@ def identity(
 ) -> None:
     """Build a deeper net from a trained one, with identity layers; prove that it is no worse; train on from there.
 
+    The shallow net is trained on in the same way beside it, as the control.
+
     Example: degrade identity results/cifar10-paper/plain-20-s0-b1f8c9d2 --depth 56 --steps 391
     """
     if steps < 0:
@@ -230,25 +234,27 @@ def identity(
     if record is None or record["source"]["weights"] != trained.sha256:
         record = construction.prove(trained, there, depth, splits, _track)
         construction.write(chosen, record)
-    continued = None
+    continued = control = None
     if steps:
-        construction.begin(chosen, base, trained, splits)
-        (continued,) = engine.find_runs(chosen, [base])
-        if continued.status not in store.FINISHED:
+        configs = [replace(base, depth=there.config.depth), base]
+        for config in configs:
+            construction.begin(chosen, config, trained, splits)
+        todo = [run for run in engine.find_runs(chosen, configs) if run.status not in store.FINISHED]
+        if todo:
             device = engine.resolve_device(device)
-            machine = machine_of(device, [base], "1", threads, "auto", compiled)
-            train_live(chosen, [continued], machine, where, bench.estimate([base], machine))
-            (continued,) = engine.find_runs(chosen, [base])
+            machine = machine_of(device, [run.config for run in todo], "auto", threads, "auto", compiled)
+            train_live(chosen, todo, machine, where, bench.estimate([run.config for run in todo], machine))
+        continued, control = engine.find_runs(chosen, configs)  # the longest first
     record["scratch"] = construction.from_scratch(there, depth)
-    record["finding"] = construction.finding(record, continued)
+    record["finding"] = construction.finding(record, continued, control)
     construction.write(chosen, record)
-    if continued and continued.epochs:
-        figure = plots.draw_identity(record, continued.epochs, base.dataset)
-        for path in plots.save(figure, folder / store.FIGURES, "identity"):
-            say(str(path))
+    if continued and control and continued.epochs:
+        figure = plots.draw_identity(record, continued.epochs, control.epochs, base.dataset)
+        say_paths(plots.save(figure, folder / store.FIGURES, "identity"))
     say(record["finding"])
-    if continued and continued.status != "done":
-        leave(f"{continued.folder} is {continued.status}{f': {continued.error}' if continued.error else ''}", 1)
+    for ended in filter(None, (continued, control)):
+        if ended.status != "done":
+            leave(f"{ended.folder} is {ended.status}{f': {ended.error}' if ended.error else ''}", 1)
 
 
 def _rate(lr: float | None, config: RunConfig) -> float:
