@@ -74,6 +74,9 @@ def prove(trained: Trained, run: Run, depth: int, splits: Splits, progress: Prog
         count = -(-len(images) // identity.BATCH_SIZE)
         compared = identity.compare(trained.net, exact, progress(parts, f"{split} images", count))
         record[split] = compared._asdict()
+        if compared.deep_error != compared.shallow_error:
+            errors = f"{compared.deep_error} and {compared.shallow_error}, logits to within {compared.max_difference}"
+            raise Failure(f"the construction does not hold on this machine: {split} errors are {errors}")
     record["start"] = {  # of training on
         "eval_mode": identity.compare(trained.net, close, batches)._asdict(),
         "training_mode": identity.compare(trained.net, close, batches, training=True)._asdict(),
@@ -91,6 +94,22 @@ def start_net(trained: Trained, deep: Any, batches: Iterable[tuple[torch.Tensor,
     """Make `deep` the net that training on starts from: a plain net's added BNs are calibrated to the batches."""
     calibrated = identity.stage_statistics(trained.net, (x for x, _ in batches))
     identity.deepen(trained.net, deep, calibrated)
+
+
+def stored(folder: Path, trained: Trained, depth: int) -> dict[str, Any] | None:
+    """What has been proved of this construction already; None where nothing has.
+
+    Raises:
+        Failure: the folder holds another construction.
+    """
+    record = store.read_identity(folder)
+    if record is None:
+        return None
+    there = (record["source"]["weights"], record["block"], record["deep"])
+    if there != (trained.sha256, trained.config.block, depth):
+        name = f"{record['block']}-{record['deep']} from {record['source']['run']}"
+        raise Failure(f"{folder / store.IDENTITY} is of {name}; --study gives this construction a study of its own")
+    return record
 
 
 def begin(study: Study, config: RunConfig, trained: Trained, splits: Splits) -> None:
@@ -121,14 +140,6 @@ def deeper_config(trained: Trained, run: Run, depth: int, *, steps: int, lr: flo
     """
     init = f"identity:{run.folder.resolve().name}:{trained.sha256[:12]}"
     return replace(run.config, depth=depth, init=init, steps=steps, lr=lr, milestones=(), warmup_steps=0)
-
-
-def read(folder: Path) -> dict[str, Any] | None:
-    """The identity.json of a study; None where there is none."""
-    try:
-        return store.read_json(folder / store.IDENTITY)
-    except FileNotFoundError:
-        return None
 
 
 def from_scratch(run: Run, depth: int) -> dict[str, Any] | None:
@@ -186,7 +197,7 @@ def finding(record: dict[str, Any], continued: Run | None, control: Run | None) 
 
 def _left(error: float, start: float, control: float | None) -> str:
     if error <= start + MARGIN:
-        return "training did not leave the solution"
+        return "training did not leave the solution by more than half a point"
     if control is None:
         return "training left the solution"
     if error > control + MARGIN:
@@ -199,12 +210,6 @@ def _percent(error: float) -> str:
 
 
 def write(study: Study, record: dict[str, Any]) -> None:
-    """
-    Raises:
-        Failure: identity.json is there already, of other weights.
-    """
-    there = read(study.folder)
-    if there and (there["source"], there["deep"]) != (record["source"], record["deep"]):
-        raise Failure(f"{study.folder / store.IDENTITY} is of {there['source']['run']}; --study gives this one its own")
+    """Store what was proved in the study's folder."""
     commit.make_folder(study.folder)
     commit.write_file(study.folder / store.IDENTITY, store.to_json(record))

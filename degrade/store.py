@@ -55,6 +55,32 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_identity(folder: Path) -> dict[str, Any] | None:
+    """What `degrade identity` has stored in a study's folder; None where it has not been there.
+
+    Raises:
+        Failure: the file is damaged.
+    """
+    path = folder / IDENTITY
+    try:
+        values = read_json(path)
+    except FileNotFoundError:
+        return None
+    values = {"scratch": None, "finding": ""} | values
+    try:
+        texts = [values["block"], values["finding"], *(values["source"][name] for name in ("study", "run", "weights"))]
+        numbers = [values["shallow"], values["deep"], values["train"]["deep_error"]]
+        if scratch := values["scratch"]:
+            texts.append(scratch["run"])
+            numbers += [scratch["train_error"], scratch["steps"]]
+        sound = all(isinstance(text, str) for text in texts) and all(isinstance(n, int | float) for n in numbers)
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise Failure(f"{path} is not as degrade identity wrote it; delete it, and the same command writes it again")
+    return values
+
+
 @dataclass(frozen=True)
 class Run:
     """One run's folder. The properties are read once; make another `Run` to see what has changed.

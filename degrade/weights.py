@@ -52,7 +52,7 @@ def load_weights(run: Run, mean: Tensor, path: Path | None = None) -> Trained:
     Args:
         run: trained here, or imported.
         mean: (3, H, W), as `load_splits` gives it for the run's configuration.
-        path: one of `recorded`; otherwise the newest that is sound.
+        path: one of `recorded`; otherwise the last step's where the run is finished, else the newest that is sound.
 
     Raises:
         Failure: it has no weights, or they are damaged or another net's.
@@ -63,7 +63,10 @@ def load_weights(run: Run, mean: Tensor, path: Path | None = None) -> Trained:
     problems = []
     for there in paths:
         try:
-            return _load(run, mean, there)
+            trained = _load(run, mean, there)
+            if path is None and run.outcome and trained.step != run.epochs[-1].step:
+                raise ValueError(f"the weights of its last step, {run.epochs[-1].step:,}, are damaged or missing")
+            return trained
         except (OSError, ValueError) as error:
             problems.append(f"{there}: {error.strerror if isinstance(error, OSError) else error}")
     raise Failure(problems[0])
@@ -143,12 +146,13 @@ def export_weights(trained: Trained, run: Run, target: Path) -> list[Path]:
         Failure: one of them is there already, or safetensors is wanted and not installed.
     """
     tensors = {name: tensor.cpu().contiguous() for name, tensor in trained.net.state_dict().items()}
+    measured = next((epoch for epoch in run.epochs if epoch.step == trained.step), None)
     about = {
         "run": run.folder.resolve().name,
         "config": trained.config.as_dict(),
         "step": trained.step,
-        "train_error": run.epochs[-1].train_error if run.epochs else None,
-        "test_error": run.epochs[-1].test_error if run.epochs else None,
+        "train_error": measured and measured.train_error,
+        "test_error": measured and measured.test_error,
         "imported": run.imported,
         "input": "RGB images, pixels / 255 - mean",
         "mean": trained.mean.tolist(),

@@ -16,7 +16,7 @@ from degrade import commit, construction, store
 from degrade.analysis.identity import BATCH_SIZE, compare, deepen, normalised, stage_statistics
 from degrade.data import Images, load
 from degrade.nets import cifar_net
-from degrade.train import read_state, train
+from degrade.train import Training, load_splits, read_state, train
 
 NETS = [("plain", "A"), ("residual", "A"), ("residual", "B"), ("residual", "C"), ("preact", "A"), ("preact", "C")]
 
@@ -175,7 +175,7 @@ class TestCommand:
             assert record[split]["deep_error"] == record[split]["shallow_error"] == error
         assert (record["start"]["training_mode"]["differing"] == 0) == (block != "plain")
         control, deeper = store.Study.open(folder).runs
-        assert (deeper.config.depth, deeper.config.lr, deeper.config.milestones) == (14, 0.002, ())
+        assert (deeper.config.depth, deeper.config.lr, deeper.config.milestones) == (14, 0.0002, ())
         assert deeper.config.init.startswith(f"identity:{run.folder.name}:")
         assert (control.status, deeper.status) == ("done", "done")
         assert replace(control.config, depth=14) == deeper.config
@@ -213,7 +213,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("error", "control", "words"),
         [
-            (0.104, 0.102, "training did not leave the solution"),
+            (0.104, 0.102, "training did not leave the solution by more than half a point"),
             (0.2, 0.1, "training left the solution, and the deeper net is further from it"),
             (0.2, 0.198, "training left the solution, at this learning rate that of the shallow net too"),
             (0.2, None, "training left the solution"),
@@ -225,8 +225,62 @@ class TestCommand:
     def test_without_steps_it_proves_only(self, results, cli):
         told = cli("identity", shallow(results, "plain"), "--depth", "20")
         assert told.exit_code == 0
-        assert [p.name for p in (results / "study-identity-plain-8-20-s0").iterdir()] == [store.IDENTITY]
+        assert {p.name for p in (results / "study-identity-plain-8-20-s0").iterdir()} == {store.IDENTITY, store.STUDY}
         assert "from scratch" not in told.stdout  # there is no plain-20 in that study
+        for command in ("show", "check", "report"):
+            assert cli(command, results).exit_code == 0
+        told = cli("identity", shallow(results, "plain"), "--depth", "20", "--steps", "2", "--lr", "0.01")
+        assert told.exit_code == 0, told
+
+    def test_a_study_holds_one_construction(self, results, cli):
+        command = ["identity", shallow(results, "plain"), "--study", "x"]
+        assert cli(*command, "--depth", "14").exit_code == 0
+        before = (results / "x" / store.IDENTITY).read_bytes()
+        for more in (["--depth", "20"], ["--depth", "20", "--steps", "2"]):
+            told = cli(*command, *more)
+            assert (told.exit_code, told.stderr.count("\n")) == (1, 1)
+            assert "is of plain-14 from plain-8-s0-" in told.stderr
+        assert (results / "x" / store.IDENTITY).read_bytes() == before
+
+    @pytest.mark.parametrize("content", ["[]", "{}", '{"source": [1]}', '{"source": {}, "deep": 14}', "junk"])
+    def test_a_damaged_record_is_named(self, results, cli, content):
+        construction_run(results, cli)
+        path = results / "study-identity-plain-8-14-s0" / store.IDENTITY
+        path.write_text(content)
+        told = cli("identity", shallow(results, "plain"), "--depth", "14", "--steps", "4")
+        assert (told.exit_code, told.stderr.count("\n")) == (1, 1)
+        assert str(path) in told.stderr
+
+    def test_weights_before_the_last_step_are_not_taken_for_the_last(self, results, cli):
+        folder = shallow(results, "plain") / store.CHECKPOINTS
+        newest, *_ = commit.checkpoints(folder)
+        state = read_state(newest.read_bytes())
+        training = Training(state.config, load_splits(state.config, None, "cpu"))
+        newest.write_bytes(b"junk")
+        commit.write_checkpoint(folder, 0, training.state())  # an older one, and sound
+        newest.write_bytes(b"junk")
+        for command in (
+            ["identity", folder.parent, "--depth", "14"],
+            ["export", folder.parent, "--to", results / "n.pt"],
+        ):
+            told = cli(*command)
+            assert (told.exit_code, told.stderr.count("\n")) == (1, 1), told
+            assert newest.name in told.stderr
+        assert not (results / "n.pt").exists()
+
+    def test_a_proof_that_fails_is_a_failure(self, results, cli, monkeypatch):
+        deepen = construction.identity.deepen
+
+        def wrong(shallow, deep, statistics=None):
+            deepen(shallow, deep, statistics)
+            with torch.no_grad():
+                deep.linear.bias[0] += 100
+
+        monkeypatch.setattr(construction.identity, "deepen", wrong)
+        told = cli("identity", shallow(results, "plain"), "--depth", "14")
+        assert (told.exit_code, told.stderr.count("\n")) == (1, 1)
+        assert "the construction does not hold on this machine" in told.stderr
+        assert len(list(results.iterdir())) == 1
 
     def test_initial_weights_that_are_lost_are_not_replaced_by_others(self, results, cli):
         config = construction_run(results, cli)
@@ -251,7 +305,7 @@ class TestCommand:
         construction_run(results, cli)
         told = cli("identity", shallow(results, "plain"), "--depth", "14", "--steps", "4", "--lr", "0.1")
         assert (told.exit_code, told.stderr.count("\n")) == (2, 1)
-        assert "lr 0.002 there, 0.1 here" in told.stderr
+        assert "lr 0.0002 there, 0.1 here" in told.stderr
         told = cli(
             "identity", shallow(results, "plain"), "--depth", "14", "--steps", "4", "--lr", "0.1", "--study", "x"
         )

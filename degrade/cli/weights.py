@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import track
 
-from degrade import store, terminal
+from degrade import commit, store, terminal
 from degrade.cli.app import (
     DataDir,
     app,
@@ -49,15 +49,20 @@ def import_(
         list[str] | None, typer.Option("--departure", help="What else differed from the protocol, in words.")
     ] = None,
     mean: Annotated[
-        str | None, typer.Option(help="Of the input, a channel each.", show_default="per pixel, of the training images")
+        str | None,
+        typer.Option(help="Of pixels / 255, a channel each.", show_default="per pixel, of the training images"),
     ] = None,
-    std: Annotated[str | None, typer.Option(help="What the input was divided by.", show_default="1,1,1")] = None,
+    std: Annotated[
+        str | None, typer.Option(help="What pixels / 255 - mean were divided by.", show_default="1,1,1")
+    ] = None,
     zero_channels: Annotated[str, typer.Option(help=f"Of option A: {' or '.join(ZERO_CHANNELS)}.")] = "appended",
     key: Annotated[str | None, typer.Option(help="Of the state dict, where the file holds several.")] = None,
     log: Annotated[Path | None, typer.Option(help="The published log: a CSV with a row an epoch.")] = None,
     columns: Annotated[str | None, typer.Option(help="Its columns: test_error=test_err,train_error=1-acc,...")] = None,
     in_percent: Annotated[bool, typer.Option("--percent", help="Its errors are in percent.")] = False,
-    weights_of: Annotated[str, typer.Option(help="The epoch the weights are of: last, best on test, or N.")] = "last",
+    weights_of: Annotated[
+        str | None, typer.Option(help="The epoch the weights are of: last, best on test, or N.", show_default="last")
+    ] = None,
     claimed_test_error: Annotated[float | None, typer.Option(help="In percent.", show_default="the log's")] = None,
     claimed_train_error: Annotated[float | None, typer.Option(help="In percent.", show_default="the log's")] = None,
     data_dir: DataDir = None,
@@ -68,10 +73,17 @@ def import_(
     """
     overrides = dict(_assignment(text) for text in fields or [])
     centre, scale = channels(mean, "--mean"), channels(std, "--std") or (1.0, 1.0, 1.0)
-    if min(scale) <= 0:
-        raise ValueError(f"--std must be above 0; got {std}")
+    if not all(0 <= value <= 1 for value in centre or ()):
+        raise ValueError(f"--mean must be of pixels / 255, from 0 to 1; got {mean}")
+    if not all(0 < value <= 1 for value in scale):
+        raise ValueError(f"--std must be of pixels / 255, above 0 and at most 1; got {std}")
+    for flag, percent in (("--claimed-test-error", claimed_test_error), ("--claimed-train-error", claimed_train_error)):
+        if percent is not None and not 0 <= percent <= 100:
+            raise ValueError(f"{flag} must be in percent, from 0 to 100; got {percent}")
     if swept := sorted({"block", "depth", "seed", "dataset", "input_mean"} & set(overrides)):
         raise ValueError(f"--set {swept[0]}: there is --{swept[0].removeprefix('input_')} for that")
+    if str(overrides.get("init")).startswith("identity"):
+        raise ValueError(f"--set init: only degrade identity makes nets of identity:...; got {overrides['init']!r}")
     shared = protocol_fields(protocol, overrides) | {"dataset": dataset, "input_mean": centre or ()}
     config = RunConfig.from_dict(shared | {"block": block, "depth": depth, "seed": seed})
     name = study if study is not None else f"imported-{study_name(dataset, protocol, overridden(protocol, overrides))}"
@@ -92,7 +104,7 @@ def import_(
     from degrade.engine.process import prepare_process
     from degrade.train import load_splits
 
-    rows, claimed = _published_log(log, columns, config, in_percent, weights_of)
+    rows, claimed, not_last = _published_log(log, columns, config, in_percent, weights_of)
     where = data_dir or images.default_data_dir()
     images.fetch(config.dataset, where)
     prepare_process(os.cpu_count() or 1)
@@ -105,7 +117,8 @@ def import_(
             source=source,
             std=scale,
             zero_channels=zero_channels,
-            departures=tuple(departures or ()),
+            weights_of=int(weights_of) if weights_of and weights_of.isdigit() else weights_of or "last",
+            departures=(*(departures or ()), *not_last),
             claimed_train_error=claimed[0] if claimed_train_error is None else claimed_train_error / 100,
             claimed_test_error=claimed[1] if claimed_test_error is None else claimed_test_error / 100,
         ),
@@ -129,31 +142,38 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise ValueError(f"--set must be FIELD=VALUE, such as steps=78125; got {text!r}")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 
 def _published_log(
-    log: Path | None, columns: str | None, config: RunConfig, in_percent: bool, weights_of: str
-) -> tuple[list[Epoch], tuple[float | None, float | None]]:
-    """The rows of a published log, and the training and test error it has at the epoch that the weights are of."""
+    log: Path | None, columns: str | None, config: RunConfig, in_percent: bool, weights_of: str | None
+) -> tuple[list[Epoch], tuple[float | None, float | None], list[str]]:
+    """The rows of a published log; the training and test error it has at the epoch that the weights are of; and the
+    departure that it is where that is not the last.
+    """
     from degrade import published
 
     if log is None:
-        return [], (None, None)
-    pairs = dict(part.partition("=")[::2] for part in names(columns, "--columns") or [])
+        if columns is not None or in_percent or weights_of is not None:
+            raise ValueError("--columns, --percent and --weights-of are of a published log; --log is missing")
+        return [], (None, None), []
+    pairs = {}
+    for part in names(columns, "--columns") or []:
+        mine, equals, theirs = part.partition("=")
+        if not equals:
+            raise ValueError(f"--columns must be MEASURE=COLUMN, such as test_error=test_err; got {part!r}")
+        pairs[mine] = theirs
     try:
-        rows = published.read_log(log.read_text(), pairs, config, percent=in_percent)
+        text = log.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{log} is not text") from None
-    if weights_of == "best":
-        row = min(rows, key=lambda row: (math.isnan(row.test_error), row.test_error))
-    elif weights_of == "last" or weights_of in map(str, range(1, len(rows) + 1)):
-        row = rows[-1 if weights_of == "last" else int(weights_of) - 1]
-    else:
-        raise ValueError(f"--weights-of must be last, best, or an epoch from 1 to {len(rows)}; got {weights_of!r}")
+    rows = published.read_log(text, pairs, config, percent=in_percent)
+    row = published.epoch_of(rows, weights_of or "last")
     train, test = (None if math.isnan(error) else error for error in (row.train_error, row.test_error))
-    return rows, (train, test)
+    best = ", the best on test" if weights_of == "best" else ""
+    departure = f"the weights are of epoch {row.epoch} of {len(rows)}{best}, not of the last"
+    return rows, (train, test), [] if row is rows[-1] else [departure]
 
 
 @app.command()
@@ -190,9 +210,7 @@ def identity(
     run: Annotated[Path, typer.Argument(help="The folder of a trained run.")],
     depth: Annotated[int, typer.Option(help="Of the deeper net, 6n+2.")],
     steps: Annotated[int, typer.Option(help="Train on from there, for so many updates.")] = 0,
-    lr: Annotated[
-        float | None, typer.Option(help="Learning rate, constant.", show_default="a tenth of the run's first")
-    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate, constant.", show_default="the run's last")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder of results.", show_default="the run's")] = None,
     study: Annotated[str | None, typer.Option(help="Its folder there.", show_default="...-identity-...")] = None,
     data_dir: DataDir = None,
@@ -202,7 +220,8 @@ def identity(
 ) -> None:
     """Build a deeper net from a trained one, with identity layers; prove that it is no worse; train on from there.
 
-    The shallow net is trained on in the same way beside it, as the control.
+    The shallow net is trained on in the same way beside it, as the control. Training has left the solution where its
+    training error ends more than half a point above that of the construction.
 
     Example: degrade identity results/cifar10-paper/plain-20-s0-b1f8c9d2 --depth 56 --steps 391
     """
@@ -225,16 +244,21 @@ def identity(
     prepare_process(auto(threads, "--threads") or os.cpu_count() or 1)
     splits = load_splits(there.config, where, "cpu")
     trained = load_weights(there, splits.mean)
-    base = construction.deeper_config(trained, there, depth, steps=max(steps, 1), lr=_rate(lr, there.config))
+    rate = there.config.lr_at(there.config.steps - 1) if lr is None else lr
+    base = construction.deeper_config(trained, there, depth, steps=max(steps, 1), lr=rate)
     chosen = store.Study(folder, folder.name, _protocol(there), base.shared())
-    if (folder / store.STUDY).exists():
+    if (folder / store.STUDY).exists() and store.Study.open(folder).runs:
         chosen = store.Study.open(folder)
         chosen.check([base] if steps else [])
-    record = construction.read(folder)
-    if record is None or record["source"]["weights"] != trained.sha256:
+    record = construction.stored(folder, trained, depth)
+    if record is None:
         record = construction.prove(trained, there, depth, splits, _track)
+        record["scratch"] = construction.from_scratch(there, depth)
         construction.write(chosen, record)
     continued = control = None
+    if not chosen.runs:  # of an earlier proof, say, that was not trained on
+        commit.remove(folder / store.STUDY)
+    chosen.create([])
     if steps:
         configs = [replace(base, depth=there.config.depth), base]
         for config in configs:
@@ -255,10 +279,6 @@ def identity(
     for ended in filter(None, (continued, control)):
         if ended.status != "done":
             leave(f"{ended.folder} is {ended.status}{f': {ended.error}' if ended.error else ''}", 1)
-
-
-def _rate(lr: float | None, config: RunConfig) -> float:
-    return config.lr / 10 if lr is None else lr
 
 
 def _protocol(run: store.Run) -> str:
