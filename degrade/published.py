@@ -30,31 +30,45 @@ from degrade.weights import is_safetensors, make_net, read_tensors
 MEASURES = ("train_loss", "train_error", "test_loss", "test_error")  # that a published log may have
 # The last part of a tensor's name in PyTorch; a BN's four in their order.
 PARTS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DEEPEST = 8  # how far down in what was loaded a net is looked for
 
 
 def state_dict(values: Any, key: str | None = None) -> dict[str, Tensor]:
     """The one mapping of names to tensors in what was loaded, however it is wrapped, such as {"state_dict": ...}.
 
+    A net's has tensors of two and of four dimensions; an optimizer's, one mapping a parameter, have not.
+
     Raises:
         ValueError: there is none, or several (name one by `key`, such as "ema.state_dict").
     """
-    found = dict(_state_dicts(values, ""))
+    found = _state_dicts(values)
     if key is not None:
         found = {name: there for name, there in found.items() if name == key}
     if len(found) == 1:
         return next(iter(found.values()))
     if key is None and found:
         raise ValueError(f"it holds several nets: {', '.join(found)}; name one with --key")
-    raise ValueError(f"it holds no state dict{f' called {key}' if key else ''}: no mapping of names to tensors")
+    raise ValueError(f"it holds no state dict{f' called {key}' if key else ''}: no mapping of names to a net's tensors")
 
 
-def _state_dicts(values: Any, path: str) -> list[tuple[str, dict[str, Tensor]]]:
-    if not isinstance(values, Mapping):
-        return []
-    tensors = {str(name): value for name, value in values.items() if isinstance(value, Tensor)}
-    if any(t.ndim == 4 for t in tensors.values()):
-        return [(path, tensors)]
-    return [there for name, value in values.items() for there in _state_dicts(value, f"{path}.{name}".lstrip("."))]
+def _state_dicts(values: Any) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    seen: set[int] = set()  # a mapping may hold itself
+    level = [("", values)]
+    for _ in range(DEEPEST):
+        below = []
+        for path, there in level:
+            if not isinstance(there, Mapping) or id(there) in seen:
+                continue
+            tensors = {name: t for name, t in there.items() if isinstance(name, str) and isinstance(t, Tensor)}
+            if {2, 4} <= {t.ndim for t in tensors.values()}:
+                found[path] = tensors
+                continue
+            seen.add(id(there))
+            below += [(f"{path}.{name}".lstrip("."), value) for name, value in there.items()]
+        level = below
+    return found
 
 
 class Layers(NamedTuple):
@@ -128,6 +142,13 @@ def fit(config: RunConfig, tensors: Mapping[str, Tensor], *, std: Sequence[float
     Raises:
         ValueError: they are not this net's.
     """
+    split = zero_channels == "both-sides" and config.block != "plain" and config.shortcut == "A"
+    if split and config.width % 2:
+        raise ValueError(
+            f"--zero-channels both-sides: width must be even, for as many on each side; got {config.width}"
+        )
+    for name, tensor in tensors.items():
+        _check(name, tensor)
     there, net = layers(tensors), make_net(config)
     convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -137,11 +158,27 @@ def fit(config: RunConfig, tensors: Mapping[str, Tensor], *, std: Sequence[float
     with torch.no_grad():
         for group, convolution in zip(there.convolutions, convolutions, strict=True):
             if "bias" in group:
-                _norm_after(net, convolution).running_mean.sub_(group["bias"])  # type: ignore[union-attr]
+                _norm_after(net, convolution).running_mean.sub_(group["bias"].detach())  # type: ignore[union-attr]
         net.conv.weight.div_(torch.tensor(std).view(1, 3, 1, 1))
-        if zero_channels == "both-sides" and config.block != "plain" and config.shortcut == "A":
+        if split:
             _append_zero_channels(net)
+    for name, tensor in net.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} is not finite in float32, once biases and --std {list(std)} are in it")
     return net.eval()
+
+
+def _check(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        kind = "quantised" if tensor.is_quantized else _word(tensor.layout)
+        raise ValueError(f"{name} must be dense, and in the file; it is {kind}, on {tensor.device.type}")
+    counts = name.rpartition(".")[2] == "num_batches_tracked" or tensor.ndim == 0
+    if tensor.dtype not in FLOATS and not counts:
+        raise ValueError(f"{name} must be of {', '.join(map(_word, FLOATS))}; it is of {_word(tensor.dtype)}")
+
+
+def _word(value: torch.dtype | torch.layout) -> str:
+    return str(value).removeprefix("torch.")
 
 
 def _copy(config: RunConfig, kind: str, theirs: Sequence[dict[str, Tensor]], mine: Sequence[nn.Module]) -> None:
@@ -152,13 +189,17 @@ def _copy(config: RunConfig, kind: str, theirs: Sequence[dict[str, Tensor]], min
         )
     for number, (group, module) in enumerate(zip(theirs, mine, strict=True), start=1):
         here = module.state_dict()
+        if isinstance(module, nn.Conv2d) and "bias" in group:
+            here["bias"] = torch.empty(module.out_channels)  # it has none: only checked
         for part in here:
             if part not in group or group[part].shape != here[part].shape:
                 shapes = [_shape(group.get(part)), _shape(here[part])]
                 raise ValueError(f"{kind} {number}: its {part} is {shapes[0]} there, {shapes[1]} in this net")
-            if not bool(torch.isfinite(group[part]).all()):
-                raise ValueError(f"{kind} {number}: its {part} holds values that are not finite")
-            here[part].copy_(group[part])  # the module's own memory
+            here[part].copy_(group[part].detach())  # the module's own memory
+            if not bool(torch.isfinite(here[part]).all()):
+                raise ValueError(f"{kind} {number}: its {part} holds values that are not finite in float32")
+            if part == "running_var" and float(here[part].min()) < 0:
+                raise ValueError(f"{kind} {number}: its {part} must be at least 0; it holds {here[part].min():g}")
 
 
 def _shape(tensor: Tensor | None) -> str:
@@ -213,39 +254,46 @@ def read_log(text: str, columns: Mapping[str, str], config: RunConfig, *, percen
     """A published log as rows of degrade's, an epoch a row; NaN where it says nothing.
 
     Args:
-        text: CSV with a header.
+        text: CSV with a header. Empty cells are NaN.
         columns: which of its columns is which of `MEASURES`; "1-NAME" where NAME is an accuracy. Columns of the
             same name need not be named.
         config: whose epochs these are.
         percent: whether errors and accuracies are in percent.
 
     Raises:
-        ValueError: a column that is not there, a value that is not a number or no error, another number of epochs.
+        ValueError: no CSV, a column that is not there or says nothing, none that is known, a value that is not a
+            number or no error, another number of epochs.
     """
     reader = csv.DictReader(io.StringIO(text))
-    header = [name.strip() for name in reader.fieldnames or []]
-    reader.fieldnames = header
-    columns = {name: name for name in MEASURES if name in header} | dict(columns)
-    for mine, theirs in columns.items():
+    try:
+        header = [name.strip() for name in reader.fieldnames or []]
+        reader.fieldnames = header
+        lines = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"the log is not CSV: {error}") from None
+    known = {name: name for name in MEASURES if name in header} | dict(columns)
+    for mine, theirs in known.items():
         if mine not in MEASURES:
             raise ValueError(f"--columns: {mine} is not one of {', '.join(MEASURES)}")
         if theirs.removeprefix("1-") not in header:
             raise ValueError(
                 f"--columns: the log has no column {theirs.removeprefix('1-')}; it has {', '.join(header)}"
             )
+    if not known:
+        raise ValueError(f"the log has none of {', '.join(MEASURES)}; --columns says which of {header} is which")
     rows = []
-    for number, line in enumerate(reader, start=1):
+    for number, line in enumerate(lines, start=1):
         values = dict.fromkeys((*MEASURES, "train_error_running"), math.nan)
-        for mine, theirs in columns.items():
-            text = line[theirs.removeprefix("1-")]
+        for mine, theirs in known.items():
+            cell = line[theirs.removeprefix("1-")]
             try:
-                value = float(text)
+                value = float(cell) if cell is None or cell.strip() else math.nan
             except (TypeError, ValueError):
-                raise ValueError(f"row {number} of the log: {theirs} is {text!r}") from None
+                raise ValueError(f"row {number} of the log: {theirs} is {cell!r:.60}") from None
             if mine.endswith("error"):
                 value = value / 100 if percent else value
                 value = 1 - value if theirs.startswith("1-") else value
-                if not 0 <= value <= 1:
+                if not (0 <= value <= 1 or math.isnan(value)):
                     raise ValueError(f"row {number} of the log: {mine} is {value:g}, not from 0 to 1; --percent?")
             values[mine] = value
         step = config.epoch_end(number)
@@ -254,7 +302,28 @@ def read_log(text: str, columns: Mapping[str, str], config: RunConfig, *, percen
         raise ValueError(
             f"the log has {len(rows)} epochs, {config.steps:,} steps are {config.epochs}; --set steps=N says how many"
         )
+    for mine, theirs in columns.items():
+        if all(math.isnan(getattr(row, mine)) for row in rows):
+            raise ValueError(f"--columns: {theirs} must hold {mine}; it is empty or NaN in every row")
     return rows
+
+
+def epoch_of(rows: Sequence[Epoch], weights_of: str) -> Epoch:
+    """The row of the epoch that the weights are of: "last", "best" on test (the first, of equals), or its number.
+
+    Raises:
+        ValueError: it is none of these, or no test error is known.
+    """
+    if weights_of == "last":
+        return rows[-1]
+    if weights_of == "best":
+        tested = [row for row in rows if not math.isnan(row.test_error)]
+        if not tested:
+            raise ValueError("--weights-of best needs the log's test_error; it has none that is a number")
+        return min(tested, key=lambda row: row.test_error)
+    if weights_of not in map(str, range(1, len(rows) + 1)):
+        raise ValueError(f"--weights-of must be last, best, or an epoch from 1 to {len(rows)}; got {weights_of!r}")
+    return rows[int(weights_of) - 1]
 
 
 class Source(NamedTuple):
@@ -265,6 +334,7 @@ class Source(NamedTuple):
         source: where it is from, and under which licence.
         std: of the input, a channel each, of pixels / 255; 1 where it was divided by nothing.
         zero_channels: where option A put them, of `config.ZERO_CHANNELS`.
+        weights_of: the epoch they are of: "last", "best" on test, or its number.
         departures: from the protocol of the configuration, a line each.
         claimed_train_error, claimed_test_error: fractions; None where nothing is claimed.
     """
@@ -273,6 +343,7 @@ class Source(NamedTuple):
     source: str
     std: tuple[float, ...]
     zero_channels: str
+    weights_of: str | int
     departures: tuple[str, ...]
     claimed_train_error: float | None
     claimed_test_error: float | None
@@ -325,6 +396,7 @@ def import_weights(
         "file": source.file,
         "sha256": hashlib.sha256(data).hexdigest(),
         "source": source.source,
+        "weights_of": source.weights_of,
         "departures": list(source.departures),
         "std": source.std,
         "zero_channels": source.zero_channels,

@@ -19,7 +19,7 @@ from degrade.config import RunConfig
 from degrade.data import load
 from degrade.evaluate import evaluate
 from degrade.nets import PadShortcut, cifar_net
-from degrade.published import fit, layers, read_log, state_dict
+from degrade.published import epoch_of, fit, layers, read_log, state_dict
 from degrade.weights import load_weights, read_tensors, recorded
 
 ONES = (1.0, 1.0, 1.0)
@@ -107,12 +107,41 @@ class TestNames:
         [
             lambda s: s,
             lambda s: {"state_dict": s, "epoch": 164, "best_prec1": 0.9},
-            lambda s: {"model": {"net": s}, "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}}},
+            lambda s: {"model": {"net": s}, "best": [s], "epoch": {"net": torch.zeros(2, 2)}},
         ],
     )
     def test_wrapped(self, wrapped):
         there = lively().state_dict()
         assert state_dict(wrapped(there)).keys() == there.keys()
+
+    @pytest.mark.parametrize(
+        "make", [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), lambda p: torch.optim.Adam(p, amsgrad=True)]
+    )
+    def test_beside_the_state_of_an_optimizer(self, make, tmp_path):
+        net = lively()
+        optimizer = make(net.parameters())
+        net(X).sum().backward()
+        optimizer.step()
+        moments = [t for state in optimizer.state_dict()["state"].values() for t in state.values() if t is not None]
+        assert {2, 4} <= {t.ndim for t in moments}
+        torch.save({"state_dict": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+        there = state_dict(read_tensors((tmp_path / "checkpoint.pt").read_bytes()))
+        assert there.keys() == net.state_dict().keys()
+        assert torch.equal(fit(config(), there, std=ONES, zero_channels="appended")(X), net(X))
+
+    def test_mappings_that_hold_themselves_or_are_very_deep(self):
+        there: dict = {f"copy{i}": {} for i in range(100)}
+        for name in list(there):
+            there[name] = there
+        with pytest.raises(ValueError, match="it holds no state dict: no mapping of names to a net's tensors"):
+            state_dict(there)
+        there["net"] = lively().state_dict()
+        assert state_dict(there).keys() == there["net"].keys()
+        deep: dict = {}
+        for _ in range(100_000):
+            deep = {"down": deep}
+        with pytest.raises(ValueError, match="it holds no state dict"):
+            state_dict(deep)
 
     def test_two_nets_in_one_file(self):
         there = lively().state_dict()
@@ -156,6 +185,12 @@ class TestSameFunction:
         there = fit(config(block, 20), net.state_dict(), std=ONES, zero_channels="both-sides")
         torch.testing.assert_close(there(X), theirs, rtol=1e-4, atol=1e-4)
 
+    def test_zero_channels_on_both_sides_of_a_width_that_cannot_be_split(self):
+        net = lively("residual", width=3)
+        with pytest.raises(ValueError, match="both-sides: width must be even, for as many on each side; got 3"):
+            fit(config("residual", width=3), net.state_dict(), std=ONES, zero_channels="both-sides")
+        assert fit(config("residual", width=3), net.state_dict(), std=ONES, zero_channels="appended")
+
     def test_what_the_input_was_divided_by(self):
         net, std = lively(), (0.2, 0.25, 0.3)
         there = fit(config(), net.state_dict(), std=std, zero_channels="appended")
@@ -178,6 +213,21 @@ class Divided(nn.Module):
         (lambda s: s | {"conv.weight": torch.zeros(4, 1, 3, 3)}, "convolution 1: its weight is 4x1x3x3 there, 4x3x3x3"),
         (lambda s: s | {"linear.weight": torch.zeros(100, 16)}, "linear layer 1: its weight is 100x16 there, 10x16 in"),
         (lambda s: s | {"bn.weight": torch.full((4,), math.nan)}, "BN 1: its weight holds values that are not finite"),
+        (
+            lambda s: s | {"bn.weight": torch.ones(4).double() * 1e300},
+            "BN 1: its weight holds .* not finite in float32",
+        ),
+        (lambda s: s | {"bn.running_var": -torch.ones(4)}, "BN 1: its running_var must be at least 0; it holds -1"),
+        (lambda s: s | {"conv.bias": torch.full((4,), math.inf)}, "convolution 1: its bias holds values that are not"),
+        (lambda s: s | {"conv.bias": torch.ones(5)}, "convolution 1: its bias is 5 there, 4 in this net"),
+        (
+            lambda s: s | {"bn.bias": torch.ones(4).to_sparse()},
+            "bn.bias must be dense, .*; it is sparse_coo, on cpu",
+        ),
+        (lambda s: s | {"bn.bias": torch.ones(4, device="meta")}, "bn.bias must be dense, .*, on meta"),
+        (lambda s: s | {"bn.bias": torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)}, "it is quantised"),
+        (lambda s: s | {"bn.bias": torch.ones(4, dtype=torch.complex64)}, "float64; it is of complex64"),
+        (lambda s: s | {"bn.bias": torch.ones(4, dtype=torch.int64)}, "bn.bias must be of float16, .*; it is of int64"),
         (lambda s: {n: v for n, v in s.items() if "running" not in n}, "is not a convolution, a BN with its running"),
         (lambda s: {n: v for n, v in s.items() if n != "linear.bias"}, "its bias is missing there, 10 in this net"),
     ],
@@ -185,6 +235,11 @@ class Divided(nn.Module):
 def test_weights_of_another_net(damage, rule):
     with pytest.raises(ValueError, match=rule):
         fit(config(), damage(lively().state_dict()), std=ONES, zero_channels="appended")
+
+
+def test_weights_that_overflow_once_they_are_divided():
+    with pytest.raises(ValueError, match="is not finite in float32, once biases and --std"):
+        fit(config(), lively().state_dict(), std=(1e-40, 1, 1), zero_channels="appended")
 
 
 def test_a_count_of_vectors_that_is_no_norm():
@@ -242,15 +297,47 @@ class TestLog:
             (0.9, 0.8)
         )  # of its own name: not to be named
 
+    def test_empty_cells_and_nan_are_nan(self):
+        rows = self.read("test_error,train_error,loss\n0.9,,\nnan, ,\n0.8,0.7,1\n", train_loss="loss")
+        assert [row.test_error for row in rows] == pytest.approx([0.9, math.nan, 0.8], nan_ok=True)
+        assert [row.train_error for row in rows] == pytest.approx([math.nan, math.nan, 0.7], nan_ok=True)
+        assert [row.train_loss for row in rows] == pytest.approx([math.nan, math.nan, 1], nan_ok=True)
+
+    def test_the_epoch_the_weights_are_of(self):
+        rows = self.read("test_error\nnan\n0.7\n0.8\n", test_error="test_error")
+        assert [epoch_of(rows, of).epoch for of in ("last", "best", "1")] == [3, 2, 1]
+        for of in ("4", "0", "-1", "first"):
+            with pytest.raises(ValueError, match=f"must be last, best, or an epoch from 1 to 3; got '{of}'"):
+                epoch_of(rows, of)
+        unknown = self.read("train_error,test_error\n" + "0.5,nan\n" * 3, train_error="train_error")
+        with pytest.raises(ValueError, match="--weights-of best needs the log's test_error; it has none that is a"):
+            epoch_of(unknown, "best")
+
     @pytest.mark.parametrize(
         ("text", "columns", "rule"),
         [
+            (
+                CSV,
+                {},
+                r"none of train_loss, .*; --columns says which of \['epoch', 'loss', 'train_err', 'val_acc'\] is",
+            ),
+            (
+                "err\n" + "nan\n" * 3,
+                {"test_error": "err"},
+                "--columns: err must hold test_error; it is empty or NaN in",
+            ),
+            ("train_error\n" + "9" * 200_000, {}, "the log is not CSV: field larger than field limit"),
+            ("9" * 200_000, {}, "the log is not CSV: field larger than field limit"),
+            ("train_error\n\0\n", {}, r"row 1 of the log: train_error is '\\x00'$"),
+            ("train_error\n" + "x" * 1000, {}, "row 1 of the log: train_error is 'x{59}$"),
+            ("train_error,test_error\n0.5\n", {}, "row 1 of the log: test_error is None"),
             (CSV, {"test_error": "val_err"}, "--columns: the log has no column val_err; it has epoch, loss"),
             (CSV, {"accuracy": "val_acc"}, "--columns: accuracy is not one of train_loss"),
             (CSV.replace("0.9", "x"), {"train_error": "train_err"}, "row 1 of the log: train_err is 'x'"),
             ("train_error\n" + "90\n" * 3, {}, r"train_error is 90, not from 0 to 1; --percent\?"),
             ("train_error\n" + "0.9\n" * 4, {}, "the log has 4 epochs, 24 steps are 3; --set steps=N says how many"),
-            ("", {}, "the log has 0 epochs"),
+            ("", {}, r"the log has none of train_loss, .*; --columns says which of \[\] is which"),
+            ("train_error\n", {}, "the log has 0 epochs"),
         ],
     )
     def test_bad_logs(self, text, columns, rule):
@@ -309,6 +396,7 @@ class TestCommands:
             assert f"{100 * last.test_error:.2f} %" in told.stdout
             assert run.imported["claimed"] == {"train_error": None, "test_error": 0.1234}
             assert run.imported["source"] == "a friend, MIT"
+            assert run.imported["weights_of"] == "last"
         again = cli("import", "net.pt", *IMPORT, "--study", "net-pt")
         assert again.exit_code == 1
         assert "is there already, and stays as it is" in again.stderr
@@ -339,6 +427,35 @@ class TestCommands:
         assert refused.exit_code == 2
         assert "holds runs that were trained here" in refused.stderr
 
+    @pytest.mark.parametrize(
+        ("options", "weights_of", "claimed", "departures"),
+        [
+            ([], "last", 0.3, []),
+            (["--weights-of", "last"], "last", 0.3, []),
+            (["--weights-of", "3"], 3, 0.3, []),
+            (["--weights-of", "1"], 1, 0.4, ["the weights are of epoch 1 of 3, not of the last"]),
+            (
+                ["--weights-of", "best"],
+                "best",
+                0.2,
+                ["the weights are of epoch 2 of 3, the best on test, not of the last"],
+            ),
+        ],
+    )
+    def test_the_epoch_of_the_weights_is_recorded(
+        self, tmp_path, cli, data_dir, options, weights_of, claimed, departures
+    ):
+        torch.save(lively("residual", 8).state_dict(), tmp_path / "net.pt")
+        (tmp_path / "log.csv").write_text("\ufefftest_error\n0.4\n0.2\n0.3\n", encoding="utf-8")
+        where = ["--out", tmp_path / "results", "--data-dir", data_dir, "--departure", "by hand"]
+        told = cli("import", tmp_path / "net.pt", *IMPORT, *where, "--log", tmp_path / "log.csv", *options)
+        assert told.exit_code == 0, told
+        (run,) = store.find_studies(tmp_path / "results")[0][0].runs
+        assert run.imported["weights_of"] == weights_of
+        assert run.imported["departures"] == ["by hand", *departures]
+        assert run.imported["claimed"]["test_error"] == claimed
+        assert [row.test_error for row in run.epochs[:-1]] == [0.4, 0.2]
+
     def test_weights_that_were_changed_are_not_used(self, trained, cli):
         cli("export", trained.folder, "--to", "net.pt")
         cli("import", "net.pt", *IMPORT)
@@ -363,7 +480,27 @@ class TestCommands:
             (["net.pt", "--set", "width"], 2, "--set must be FIELD=VALUE, such as steps=78125; got 'width'"),
             (["net.pt", "--set", "color=red"], 2, "unknown field color"),
             (["net.pt", "--mean", "0.5"], 2, "--mean must be three numbers"),
-            (["net.pt", "--std", "0,1,1"], 2, "--std must be above 0"),
+            (["net.pt", "--mean", "125.3,123,113.9"], 2, "--mean must be of pixels / 255, from 0 to 1; got 125.3,"),
+            (["net.pt", "--std", "0,1,1"], 2, "--std must be of pixels / 255, above 0 and at most 1; got 0,1,1"),
+            (["net.pt", "--std", "63,62.1,66.7"], 2, "--std must be of pixels / 255, above 0 and at most 1; got 63"),
+            (["net.pt", "--claimed-test-error", "nan"], 2, "--claimed-test-error must be in percent, from 0 to 100; "),
+            (["net.pt", "--claimed-train-error", "101"], 2, "--claimed-train-error must be in percent, from 0 to 100"),
+            (["net.pt", "--set", "init=identity:plain-8-s0-01234567:0123456789ab"], 2, "only degrade identity makes"),
+            (["net.pt", "--set", "width=" + "[" * 100_000], 2, "width must be a whole number; got '[[["),
+            (["net.pt", "--columns", "test_error=err"], 2, "--columns, --percent and --weights-of are of a published"),
+            (
+                ["net.pt", "--percent"],
+                2,
+                "--columns, --percent and --weights-of are of a published log; --log is missing",
+            ),
+            (["net.pt", "--weights-of", "best"], 2, "are of a published log; --log is missing"),
+            (["net.pt", "--log", "."], 1, "Is a directory"),
+            (["net.pt", "--log", "net.pt"], 2, "net.pt is not text"),
+            (
+                ["net.pt", "--log", "ok.csv", "--columns", "err"],
+                2,
+                "--columns must be MEASURE=COLUMN, such as test_error=",
+            ),
             (
                 ["net.pt", "--zero-channels", "left"],
                 2,
@@ -375,8 +512,13 @@ class TestCommands:
             (["junk.pt"], 2, "it is not a file of weights"),
         ],
     )
-    def test_bad_input_is_one_line_and_nothing_is_written(self, trained, cli, options, code, rule):
-        cli("export", trained.folder, "--to", "net.pt")
+    def test_bad_input_is_one_line_and_nothing_is_written(
+        self, tmp_path, monkeypatch, data_dir, cli, options, code, rule
+    ):
+        monkeypatch.setenv("DEGRADE_DATA", str(data_dir))
+        monkeypatch.chdir(tmp_path)
+        torch.save(lively("residual", 8).state_dict(), "net.pt")
+        Path("ok.csv").write_text("test_error\n0.4\n0.2\n0.3\n")
         Path("junk.pt").write_bytes(b"junk")
         told = cli("import", *IMPORT, *options, "--study", "new")
         assert (told.exit_code, told.stderr.count("\n")) == (code, 1), told
