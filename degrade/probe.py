@@ -6,7 +6,6 @@ results/<study>/probes/<probe>.csv                    the rows of all its parts
                        lock                           held while the study is probed
 """
 
-import contextlib
 import csv
 import hashlib
 import io
@@ -36,7 +35,7 @@ from degrade.errors import Failure
 from degrade.nets import CifarNet, cifar_net, zero_gamma
 from degrade.store import Run, Study, read_json, to_json
 from degrade.train import load_splits, training_batch
-from degrade.weights import Trained, load_weights, make_net, recorded
+from degrade.weights import Trained, load_weights, make_net
 
 PROBES = ("responses", "gradients", "lesion", "landscape", "bn")
 OF_FRESH_NETS = ("responses", "gradients", "landscape")  # the others need a net that is better than chance
@@ -47,6 +46,7 @@ MAX_POINTS, MIN_POINTS, MIN_IMAGES = 25, 5, 100  # of a landscape that has to fi
 LIMIT = 999  # points, far beyond any use
 COMMIT_SECONDS = 5.0
 FIRST = ("block", "depth", "seed", "id", "init")  # columns of every table
+SETTINGS = ("images", "points", "asked")  # of what a part depends on: how finely it is measured
 
 
 class Landscapes(NamedTuple):
@@ -60,7 +60,7 @@ class Wish(NamedTuple):
     """What was asked for.
 
     Args:
-        at_init: probe fresh initialisations instead of the trained nets.
+        at_init: probe freshly initialised nets of the same designs instead of the trained ones.
         images: at most so many; None for the probe's own number.
         budget: seconds for all landscapes together.
         points: a side of the plane, odd; None for as many as the budget allows.
@@ -79,7 +79,7 @@ class Part:
     Args:
         study, run: whose net it is.
         probe: of `PROBES`.
-        init: whether it is the fresh initialisation.
+        init: whether it is of the freshly initialised net.
         asked: all that the rows depend on, as JSON knows it.
     """
 
@@ -125,6 +125,16 @@ class Part:
         """Whether its rows are all there, are those asked for, and are as they were written."""
         stored, text = read_part(self.path)
         return stored == self.asked | {"csv": digest(text)}
+
+    @property
+    def otherwise(self) -> "Part | None":
+        """The part as it is stored, if it is complete and of the same weights, but with other images or points."""
+        stored, text = read_part(self.path)
+        complete = stored.pop("csv", None) == digest(text)
+        same = stored.keys() == self.asked.keys() and all(
+            stored[key] == value for key, value in self.asked.items() if key not in SETTINGS
+        )
+        return replace(self, asked=stored) if complete and same and stored != self.asked else None
 
     @property
     def begun(self) -> str:
@@ -174,8 +184,7 @@ def find_parts(study: Study, runs: Sequence[Run], probes: Sequence[str], wish: W
         try:
             if not (wish.at_init or run.status == "done"):
                 raise Failure(f"{run.folder} is not done ({run.status})")
-            final = fresh(run.config, no_mean()) if wish.at_init else final_weights(run, no_mean())
-            nets = snapshots(run, no_mean()) if "gradients" in probes and not wish.at_init else [final]
+            nets = [fresh(run.config, no_mean())] if wish.at_init else first_and_last(run, no_mean())
         except Failure as error:
             left_out.append(str(error))
             continue
@@ -184,7 +193,7 @@ def find_parts(study: Study, runs: Sequence[Run], probes: Sequence[str], wish: W
                 "probe": probe,
                 "run": run.folder.name,
                 "init": wish.at_init,
-                "weights": {str(net.step): net.sha256 for net in (nets if probe == "gradients" else [final])},
+                "weights": {str(net.step): net.sha256 for net in (nets if probe == "gradients" else nets[-1:])},
                 "seed": run.config.seed,
                 "images": image_count(run.config, probe, wish.images),
                 "degrade": __version__,
@@ -239,6 +248,19 @@ def with_points(parts: Sequence[Part], wish: Wish, seconds: Callable[[RunConfig]
         choice = kept.get(part.study.folder, chosen) if part.probe == "landscape" else None
         found.append(replace(part, asked=part.asked | choice._asdict()) if choice else part)
     return found
+
+
+def keep(parts: Sequence[Part]) -> tuple[list[Part], list[Part]]:
+    """Keep what is complete with other images or points: it may have cost more than what is asked for now.
+
+    Args:
+        parts: as `with_points` gives them.
+
+    Returns:
+        The parts, with what is kept in the place of what was asked for; and what is kept alone.
+    """
+    kept = [part.otherwise for part in parts]
+    return [old or part for old, part in zip(kept, parts, strict=True)], [old for old in kept if old]
 
 
 def choose(passes: float, most: int, points: int | None = None) -> Landscapes:
@@ -312,7 +334,8 @@ def probe_parts(parts: Sequence[Part], data_dir: Path, device: str) -> Iterator[
 def table(study: Study, probe: str) -> str:
     """The CSV of all parts that are complete, by block, depth and seed.
 
-    Of runs that have no part here, the rows that it had before are kept: parts stay out of git, tables go in.
+    Of nets without a complete part here, the rows that it had before are kept: parts stay out of git, tables go in,
+    and what is measured anew replaces the old rows once it is all there.
     """
     folder, found = folder_of(study), []
     kept = _rows_by_part(folder / f"{probe}.csv")
@@ -322,7 +345,7 @@ def table(study: Study, probe: str) -> str:
             stored, text = read_part(path)
             if stored.get("csv") == digest(text):
                 found.append(text)
-            elif not path.with_suffix(".json").exists() and (run.folder.name, str(init)) in kept:
+            elif (run.folder.name, str(init)) in kept:
                 found.append(kept[run.folder.name, str(init)])
     header = found[-1].partition("\n")[0] + "\n" if found else ""
     return header + "".join(text.removeprefix(header) for text in found if text.startswith(header))
@@ -385,7 +408,7 @@ def records(part: Part, splits: Splits, skip: int) -> Iterator[dict[str, object]
         Failure: its weights are not those that were asked for any more.
     """
     config, asked, mean = part.run.config, part.asked, splits.mean
-    nets = [fresh(config, mean)] if part.init else snapshots(part.run, mean)
+    nets = [fresh(config, mean)] if part.init else first_and_last(part.run, mean)
     nets = [net for net in nets if asked["weights"].get(str(net.step)) == net.sha256]
     if len(nets) < len(asked["weights"]):
         raise Failure(f"{part.run.folder}: its weights have changed since the plan was made")
@@ -473,18 +496,23 @@ def final_weights(run: Run, mean: Tensor) -> Trained:
     return trained
 
 
-def snapshots(run: Run, mean: Tensor) -> list[Trained]:
-    """The fresh net, and one of each step of which sound weights are there: the final ones last."""
-    nets = {0: fresh(run.config, mean)} if run.config.init in INITS else {}
-    for _, path in recorded(run):
-        with contextlib.suppress(Failure):
-            net = load_weights(run, mean, path)
-            nets[net.step] = net
-    return list(nets.values())
+def first_and_last(run: Run, mean: Tensor) -> list[Trained]:
+    """The fresh net of a run, unless it starts from another run's weights, and the trained one of its last step.
+
+    None of the checkpoints between: which of them are there depends on how fast the machine was.
+
+    Raises:
+        Failure: the trained one is not there, or is damaged.
+    """
+    begin = [fresh(run.config, mean)] if run.config.init in INITS else []
+    return [*begin, final_weights(run, mean)]
 
 
 def fresh(config: RunConfig, mean: Tensor) -> Trained:
-    """The net that training starts from, at step 0, on the device of `mean`.
+    """The freshly initialised net of a configuration, as step 0, on the device of `mean`.
+
+    Of a run that was trained here, it is the net that training started from. An imported run never started from a net
+    of degrade's: its step 0 is a fresh net of the same design.
 
     Raises:
         Failure: it starts from another run's weights.

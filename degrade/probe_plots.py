@@ -20,35 +20,42 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from degrade.config import BLOCKS, matches_protocol
-from degrade.errors import Failure
 from degrade.plots import COLOURS, MARKERS
 from degrade.store import PROBES, Study
 
 if TYPE_CHECKING:
     import pandas as pd
 
+TABLES = (
+    "responses",
+    "gradients",
+    "lesion",
+    "landscape",
+    "bn",
+)  # probes, as `degrade.probe` has them, which needs torch
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
 GREY = "0.4"
 
 
-def of_study(study: Study) -> dict[str, Figure]:
-    """The figures of all that was probed of a study, by name.
-
-    Raises:
-        Failure: a table is not one of `degrade probe`'s.
-    """
+def of_study(study: Study) -> tuple[dict[str, Figure], list[str]]:
+    """The figures of all that was probed of a study, by name, and a line for each table that is damaged."""
     import pandas as pd
 
     changed = "" if matches_protocol(study.shared, study.protocol) else ", changed"
     protocol, width = f"protocol {study.protocol}{changed}", f"width {study.shared['width']}"
     about = f"{study.name}: {study.shared['dataset']}, {protocol}, {width}"
     drawn: dict[str, Figure] = {}
-    for path in sorted((study.folder / PROBES).glob("*.csv")):
+    damaged = []
+    for probe in TABLES:
+        path = study.folder / PROBES / f"{probe}.csv"
+        if not path.exists():
+            continue
         try:
-            drawn |= figures(path.stem, pd.read_csv(path), about)
-        except (KeyError, TypeError, ValueError) as error:
-            raise Failure(f"{path} is not a table of degrade probe's ({type(error).__name__}: {error})") from None
-    return drawn
+            drawn |= figures(probe, pd.read_csv(path), about)
+        except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            damaged.append(f"{path} is not a table of degrade probe's ({why})")
+    return drawn, damaged
 
 
 def figures(probe: str, rows: "pd.DataFrame", about: str) -> dict[str, Figure]:
@@ -117,7 +124,7 @@ def draw_responses(rows: "pd.DataFrame", about: str) -> Figure:
 
 
 def draw_norms(rows: "pd.DataFrame", about: str) -> Figure:
-    """Norm of the gradient in each weight layer: at initialisation (top) and at the last step (bottom), by depth."""
+    """Norm of the gradient in each weight layer: freshly initialised (top) and at the last step (bottom), by depth."""
     moments, depths = moments_of(rows), sorted(set(rows["depth"]))
     figure = Figure(figsize=(2.9 * len(depths) + 2.2, 2.7 * len(moments) + 0.8), layout="constrained")
     axes = figure.subplots(len(moments), len(depths), sharex="col", sharey=True, squeeze=False)
@@ -137,7 +144,7 @@ def draw_norms(rows: "pd.DataFrame", about: str) -> Figure:
 
 
 def draw_correlation(rows: "pd.DataFrame", about: str) -> Figure:
-    """Correlation of input gradients v depth: a column a distance, at initialisation and at the last step."""
+    """Correlation of input gradients v depth: a column a distance, freshly initialised and at the last step."""
     moments, distances = moments_of(rows), sorted(set(rows["distance"]))
     figure = Figure(figsize=(1.9 * len(distances) + 2.2, 2.3 * len(moments) + 0.9), layout="constrained")
     axes = figure.subplots(len(moments), len(distances), sharex=True, sharey=True, squeeze=False)
@@ -321,7 +328,7 @@ def moments_of(rows: "pd.DataFrame") -> dict[str, "pd.DataFrame"]:
     fresh = fresh.drop_duplicates([*("id", "kind", "layer", "distance")])
     trained = rows[rows["step"] > 0]
     last = trained[trained["step"] == trained.groupby("id")["step"].transform("max")]
-    return {when: there for when, there in (("at initialisation", fresh), ("trained", last)) if len(there)}
+    return {when: there for when, there in (("freshly initialised", fresh), ("trained", last)) if len(there)}
 
 
 def line(

@@ -12,12 +12,13 @@ import pytest
 import torch
 from conftest import micro
 
-from degrade import commit, probe, store, sweep
+from degrade import commit, probe, probe_plots, store, sweep
 from degrade.analysis.landscape import landscape_rows
 from degrade.analysis.lesion import lesion_rows
 from degrade.probe import Landscapes, Wish, choose, find_parts, fresh, probe_parts, with_points
 from degrade.store import Run, Study
 from degrade.train import Training, load_splits
+from degrade.weights import recorded
 
 CONFIGS = [micro("plain"), micro("residual")]
 SLOW = 1e-3  # seconds a forward pass of one image takes, as far as these tests are concerned
@@ -99,17 +100,111 @@ def test_a_table_keeps_the_rows_of_runs_whose_parts_are_not_here(study, data_dir
     one = [part for part in asked(study, "responses") if part.run.config.block == "plain"]
     finish(study, one, data_dir)
     assert table.read_bytes() == before
-    part = one[0].path.with_suffix(".json")
-    part.write_text(part.read_text().replace('"csv": "', '"csv": "0'))  # begun anew, and not finished
-    table_of_one = probe.table(study, "responses").encode()
-    assert 0 < len(table_of_one) < len(before)
+
+
+def test_a_table_keeps_the_rows_of_a_run_until_it_is_measured_anew(study, data_dir, monkeypatch):
+    monkeypatch.setattr(probe, "COMMIT_SECONDS", -1.0)
+    finish(study, asked(study, "responses"), data_dir)
+    table = study.folder / "probes" / "responses.csv"
+    before = table.read_text()
+    retrain(study.runs[0], data_dir)
+    (part, _) = asked(study, "responses")
+    events = probe_parts([part], data_dir, "cpu")
+    for _ in range(4):
+        next(events)
+    events.close()
+    assert part.begun
+    assert probe.table(study, "responses") == before
+    finish(study, [part], data_dir)
+    assert table.read_text() == probe.table(study, "responses") != before
+    assert part.path.read_text() in table.read_text()
+    assert table.read_text().count("\n") == before.count("\n")
+
+
+def test_what_was_measured_with_other_settings_is_kept(study, data_dir, cli):
+    def command(*arguments):
+        shown = ["probe", study.folder, "--data-dir", data_dir, "--threads", "1", "--formats", "svg", *arguments]
+        result = cli(*shown)
+        assert result.exit_code == 0, result.stderr
+        return " ".join(result.stdout.split())
+
+    lesion = ("--probes", "lesion", "--images", "5")
+    landscape = ("--probes", "landscape", "--images", "5", "--points", "5")
+    first = command("--probes", "lesion,landscape", "--points", "3")
+    assert "--again" not in first
+    before = files(study)
+    kept = command(*lesion)
+    both = "plain-8-s0, residual-8-s0: measured with"
+    assert f"lesion {both} 10 images already; --again measures them anew" in kept
+    assert "About" not in kept
+    kept = command(*landscape)
+    assert f"landscape {both} 20 images and 3 x 3 points already; --again measures them anew" in kept
+    assert files(study) == before
+    kept = command(*lesion, "--blocks", "residual")
+    assert "lesion residual-8-s0: measured with 10 images already; --again measures it anew" in kept
+    assert "already" not in command(*lesion, *landscape, "--again", "--dry-run")
+    assert files(study) == before
+    assert "already" not in command(*lesion, "--blocks", "residual", "--again")
+    counts = pd.read_csv(study.folder / "probes" / "lesion.csv").groupby("block")["images"].unique()
+    assert {block: list(images) for block, images in counts.items()} == {"plain": [10], "residual": [5]}
+    before = files(study)
+    command(*lesion, "--blocks", "residual", "--again")  # as asked for already
+    assert files(study) == before
+
+
+def test_only_whole_measurements_of_the_same_weights_are_kept(study, data_dir, monkeypatch):
+    finish(study, asked(study, "responses"), data_dir)
+    plain, residual = asked(study, "responses", wish=Wish(images=5))
+    assert plain.otherwise.asked["images"] == 20
+    assert plain.otherwise.done
+    retrain(study.runs[0], data_dir)
+    residual.path.write_text(residual.path.read_text()[:-5])
+    parts = asked(study, "responses", wish=Wish(images=5))
+    assert probe.keep(parts) == (parts, [])
+    finish(study, parts, data_dir)
+    monkeypatch.setattr(probe, "__version__", "0.0.0")
+    parts = asked(study, "responses")
+    assert probe.keep(parts) == (parts, [])
+
+
+@pytest.mark.parametrize("damage", ["nothing\n1\n", "", "block,depth,seed,id,init\nplain,8,0,plain-8-s0,0\n"])
+def test_a_damaged_table_stops_no_other_figure(study, data_dir, cli, tmp_path, damage):
+    finish(study, asked(study, "responses", "lesion"), data_dir)
+    shutil.copytree(study.folder, tmp_path / "results" / "t")
+    (study.folder / "probes" / "odd.csv").write_text("a,b\n1,2\n")
+    table = study.folder / "probes" / "lesion.csv"
+    table.write_text(damage)
+    result = cli("plot", tmp_path / "results", "--formats", "svg")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"degrade: left out: {table} is not a table of degrade probe's (")
+    assert "odd.csv" not in result.stderr
+    drawn = {p.relative_to(tmp_path / "results").as_posix() for p in (tmp_path / "results").rglob("*.svg")}
+    assert {"s/figures/responses.svg", "t/figures/responses.svg", "t/figures/lesion.svg"} <= drawn
+    assert "s/figures/lesion.svg" not in drawn
+    shutil.rmtree(study.folder / "figures")
+    command = ["probe", study.folder, "--probes", "responses", "--data-dir", data_dir, "--threads", "1"]
+    result = cli(*command, "--formats", "svg")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"degrade: left out: {table} is not a table")
+    assert (study.folder / "figures" / "responses.svg").exists()
+
+
+def test_figures_are_sought_of_all_probes():
+    assert probe_plots.TABLES == probe.PROBES
 
 
 def test_what_is_measured(study, data_dir):
+    run = study.runs[0]
+    (last, *_) = commit.checkpoints(run.folder / store.CHECKPOINTS)
+    data = last.read_bytes()
+    training = Training(run.config, load_splits(run.config, data_dir, "cpu"))
+    training.update()
+    commit.write_checkpoint(last.parent, 1, training.state(), epochs=0)  # as a slow machine leaves
+    last.write_bytes(data)
+    assert [step for step, _ in recorded(run)] == [1, 6]
     finish(study, asked(study), data_dir)
     steps = set(pd.read_csv(study.folder / "probes" / "gradients.csv")["step"])
-    kept = {int(path.name[:9]) for path in study.folder.glob("*/checkpoints/*")}
-    assert steps == {0, 6} | kept
+    assert steps == {0, 6}
     log = {run.folder.name: run.epochs[-1] for run in study.runs}
     lesions = pd.read_csv(study.folder / "probes" / "lesion.csv")
     for row in lesions[lesions["deleted"] == 0].itertuples():

@@ -137,7 +137,7 @@ def test_responses_are_drawn_in_order_and_by_size():
 def test_gradients_are_those_of_the_first_and_the_last_step():
     figure = drawn("gradients")["gradient-correlation"]
     fresh, trained = figure.axes[0], figure.axes[2]
-    assert fresh.get_ylabel() == "at initialisation\ncorrelation"
+    assert fresh.get_ylabel() == "freshly initialised\ncorrelation"
     assert trained.get_ylabel() == "trained\ncorrelation"
     np.testing.assert_allclose(fresh.get_lines()[0].get_ydata(), [1 / 1.08, 1 / 1.14])
     np.testing.assert_allclose(trained.get_lines()[0].get_ydata(), [1 / 1.08 + 0.24, 1 / 1.14 + 0.24])

@@ -37,7 +37,7 @@ def probe(
     blocks: Annotated[str | None, typer.Option(help="Only these.", show_default="all")] = None,
     seeds: Annotated[str | None, typer.Option(help="Only these.", show_default="all")] = None,
     at_init: Annotated[
-        bool, typer.Option("--at-init", help="Fresh initialisations of the runs, instead of their trained nets.")
+        bool, typer.Option("--at-init", help="Freshly initialised nets of the same designs, not the trained ones.")
     ] = False,
     images: Annotated[
         int | None,
@@ -64,12 +64,18 @@ def probe(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     threads: Annotated[str, typer.Option(help="CPU threads; auto: all cores.")] = "auto",
     formats: Annotated[str, typer.Option(help="Any of png, svg, pdf.")] = "png,svg,pdf",
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure anew what is there with other images or points; else it is kept.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
 ) -> int:
     """Look into trained nets: layer responses, gradients, deleted blocks, the loss around them, BN's statistics.
 
     Takes the finished runs of every study. The same command again skips what is done and goes on where it stopped.
     Tables go into probes/ of each study, figures into figures/.
+
+    Gradients are of two steps: 0, the freshly initialised net, and the last. For imported runs, which started
+    elsewhere, step 0 is a fresh net of the same design.
 
     Example: degrade probe results/ --probes responses,lesion --depths 20,56
     """
@@ -107,16 +113,18 @@ def probe(
         return engine.image_seconds(config, machine.device)
 
     parts = engine.with_points(parts, wish, image_seconds)
+    kept: list[Part] = []
+    if not again:
+        parts, kept = engine.keep(parts)
     needed = [0.0 if part.done else part.passes * image_seconds(part.run.config) for part in parts]
-    _print_plan(parts, needed)
+    _print_plan(parts, needed, kept)
     if any(needed):
         where = f"{machine.device}, {count(machine.threads, 'thread')}"
         say(f"About {terminal.duration(sum(needed))} on this machine: {where}")
     if dry_run:
         return tell(damaged)
     _measure(parts, needed, data_dir, machine.device)
-    _draw(parts, kinds)
-    return tell(damaged)
+    return tell(damaged + _draw(parts, kinds))
 
 
 def _seconds(text: str) -> float:
@@ -126,7 +134,7 @@ def _seconds(text: str) -> float:
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
-def _print_plan(parts: Sequence["Part"], needed: Sequence[float]) -> None:
+def _print_plan(parts: Sequence["Part"], needed: Sequence[float], kept: Sequence["Part"]) -> None:
     """A line for each probe of each study: how many nets, how many of them are left, on what, and for how long."""
     pairs = sorted(zip(parts, needed, strict=True), key=lambda pair: pair[0].study.name)
     for name, group in groupby(pairs, key=lambda pair: pair[0].study.name):
@@ -147,6 +155,19 @@ def _print_plan(parts: Sequence["Part"], needed: Sequence[float]) -> None:
             )
         say(f"Study {name}: {'fresh initialisations' if parts[0].init else 'trained nets'}")
         console.print(table)
+        _print_kept([part for part in kept if part.study.name == name])
+
+
+def _print_kept(kept: Sequence["Part"]) -> None:
+    """What is kept though it was measured with other images or points: a line for each way in which it was."""
+    nets: dict[tuple[str, str], list[str]] = {}
+    for part in kept:
+        images, points = part.asked["images"], part.asked.get("points")
+        how = f"{images:,} image{'' if images == 1 else 's'}" + (f" and {points} x {points} points" if points else "")
+        nets.setdefault((part.probe, how), []).append(terminal.label(part.run.config))
+    for (probe, how), labels in nets.items():
+        them = "it" if len(labels) == 1 else "them"
+        say(f"{probe} {', '.join(labels)}: measured with {how} already; --again measures {them} anew")
 
 
 def _measure(parts: Sequence["Part"], needed: Sequence[float], data_dir: Path | None, device: str) -> None:
@@ -178,13 +199,17 @@ def _measure(parts: Sequence["Part"], needed: Sequence[float], data_dir: Path | 
                     say(f"{label}: {rows} rows, {terminal.duration(taken)}")
 
 
-def _draw(parts: Sequence["Part"], kinds: Sequence[str]) -> None:
-    """Draw what has been measured of each study, and say where it is."""
+def _draw(parts: Sequence["Part"], kinds: Sequence[str]) -> list[str]:
+    """Draw what has been measured of each study, and say where it is; a line for each table that is damaged."""
     from degrade import plots, probe_plots
     from degrade.probe import folder_of
 
+    damaged: list[str] = []
     for study in {part.study.folder: part.study for part in parts}.values():
         for probe in dict.fromkeys(part.probe for part in parts if part.study == study):
             say(str(folder_of(study) / f"{probe}.csv"))
-        for name, figure in probe_plots.of_study(study).items():
+        figures, unreadable = probe_plots.of_study(study)
+        damaged += unreadable
+        for name, figure in figures.items():
             say_paths(plots.save(figure, study.folder / store.FIGURES, name, kinds))
+    return damaged

@@ -101,7 +101,9 @@ def plot(
     for name, rows in epochs.groupby("study", sort=True):
         study = next(study for study in studies if study.name == name)
         folder = out / name if out else study.folder / store.FIGURES
-        for title, figure in (plots.figures(rows) | _identity(study) | probe_plots.of_study(study)).items():
+        probed, unreadable = probe_plots.of_study(study)
+        damaged += unreadable
+        for title, figure in (plots.figures(rows) | _identity(study) | probed).items():
             say_paths(plots.save(figure, folder, title, kinds))
     grids = _grids(studies)
     fields = [grid.field for grid in grids]
