@@ -327,11 +327,8 @@ def spelt(value: Any) -> str:
 
 
 def matches_protocol(shared: Mapping[str, Any], protocol: str) -> bool:
-    """Whether a study's shared fields are exactly the protocol's, whatever the data set, the precision and the
-    colour that is subtracted from the input or padded with.
-    """
+    """Whether a study's shared fields are exactly the protocol's, whatever the data set and the precision."""
     if protocol not in PROTOCOLS:
         return False
-    free = {"dataset", "precision", "input_mean", "padding"}
     reference = RunConfig(block="plain", depth=20, seed=0, **PROTOCOLS[protocol]).shared()
-    return all(shared.get(name) == value for name, value in reference.items() if name not in free)
+    return all(shared.get(name) == value for name, value in reference.items() if name not in ("dataset", "precision"))

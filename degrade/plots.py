@@ -21,7 +21,7 @@ from matplotlib.ticker import (
 )
 
 from degrade import paper
-from degrade.analysis.verdict import Grid, chance_error, finished
+from degrade.analysis.verdict import Grid, chance_error, finished, from_trained
 from degrade.commit import make_folder, write_file
 from degrade.config import BLOCKS, spelt
 from degrade.log import Epoch
@@ -41,12 +41,14 @@ MEASURES = {
 
 
 def figures(epochs: "pd.DataFrame") -> dict[str, Figure]:
-    """The figures of one study, by name.
+    """The figures of one study, by name; none of one that began from trained weights, which `draw_identity` is for.
 
     Args:
         epochs: rows of one study, as `store.load` gives them. The figures v depth take finished runs
             only; diverged ones stand at chance, and have no gap.
     """
+    if from_trained(epochs["init"].iloc[0]):
+        return {}
     final = finished(epochs).copy()
     final["gap"] = (final["test_error"] - final["train_error"]).mask(final["status"] == "diverged")
     drawn = {"curves": draw_curves(epochs)}
@@ -69,8 +71,8 @@ def draw_by_depth(final: "pd.DataFrame", measure: str) -> Figure:
 def by_depth(ax: Axes, final: "pd.DataFrame", measure: str) -> Axes:
     """Draw each seed's final `measure` as a dot, the mean as a line and lowest to highest seed as a band.
 
-    Published numbers are overlaid, dotted, where the study is of the paper's own protocol. Where the
-    errors span more than a factor of 30 the axis is logarithmic, so that nothing has to be cut off.
+    Published numbers are overlaid, dotted, where the study is of the paper's own protocol, or imported and close to
+    it. Where the errors span more than a factor of 30 the axis is logarithmic, so that nothing has to be cut off.
 
     Args:
         ax: to draw on.
@@ -90,16 +92,17 @@ def by_depth(ax: Axes, final: "pd.DataFrame", measure: str) -> Axes:
         ax.plot(runs["depth"], runs[measure], "o", color=colour, markeredgecolor="white", markersize=4.5, zorder=3)
     depths = set(final["depth"])
     row = final.iloc[0]
-    if (row["dataset"], row["protocol"]) == ("cifar10", "paper"):
+    alike = row["protocol"] == "paper" or (row["imported"] and row["protocol"] == "paper, changed")
+    if row["dataset"] == "cifar10" and alike:
         for block in (block for block in BLOCKS if (final["block"] == block).any()):
-            points = [(p.depth, _published(p, measure)) for p in paper.CIFAR10 if p.block == block]
-            points = [(depth, value) for depth, value in points if value is not None]
+            nets = [p for p in paper.CIFAR10 if p.block == block]
+            points = [(p.depth, value) for p in nets if (value := _published(p, measure)) is not None]
             if not points:
                 continue
             depths |= {depth for depth, _ in points}
             drawn += [value for _, value in points]
             x, y = zip(*points, strict=True)
-            label, marker = f"{block}, He et al. 2015", MARKERS[block]
+            label, marker = f"{block}, {nets[0].source.partition(',')[0]}", MARKERS[block]
             ax.plot(x, y, color=COLOURS[block], marker=marker, markerfacecolor="none", linestyle=":", label=label)
     ax.plot([], [], "o", color="0.4", markeredgecolor="white", markersize=4.5, label="one seed")
     if _several_seeds(final):

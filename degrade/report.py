@@ -27,13 +27,24 @@ from matplotlib.figure import Figure
 
 import degrade
 from degrade import paper, plots, store
-from degrade.analysis.verdict import CONTRAST, Verdict, chance_error, final_epochs, verdicts
+from degrade.analysis.verdict import (
+    CONTRAST,
+    Grid,
+    Verdict,
+    best_verdicts,
+    chance_error,
+    finished,
+    from_trained,
+    grid_verdicts,
+    grids_of,
+    verdicts,
+)
 from degrade.commit import make_folder, write_file
-from degrade.config import BLOCKS, PROTOCOLS, matches_protocol, overridden, study_name
+from degrade.config import BLOCKS, PROTOCOLS, matches_protocol, overridden, spelt, study_name
 from degrade.errors import Failure
 from degrade.fidelity import departures
 from degrade.store import FINISHED, Run, Study
-from degrade.terminal import duration, interval_text, percent
+from degrade.terminal import best_lines, duration, interval_text, percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,6 +130,11 @@ READINGS = {
         f"{HE}, section 1",
     ),
 }
+SIDE_BY_SIDE = (
+    "A dot is a seed, a line joins the means of a net, and a ring marks the value with which its mean training error "
+    "is lowest. If only a poor choice of this field made the deeper nets worse, each net's best would not get worse "
+    "with depth."
+)
 DRAWN = ("training-error", "curves", "test-error", "gap")  # in the page's order
 
 
@@ -158,6 +174,16 @@ class Section:
     notes: list[str] = field(default_factory=list)
 
 
+class SideBySide(NamedTuple):
+    """Studies that differ in one field, as both templates take them."""
+
+    field: str
+    about: str
+    picture: Picture
+    findings: list[str]
+    table: Table | None
+
+
 def write_report(studies: Sequence[Study], damaged: Sequence[str], out: Path) -> list[Path]:
     """Write `out`/report.html and `out`/report.md; nothing else, and nothing elsewhere.
 
@@ -169,18 +195,20 @@ def write_report(studies: Sequence[Study], damaged: Sequence[str], out: Path) ->
         The two paths.
 
     Raises:
-        ValueError: there is no epoch in any study.
+        ValueError: there is no epoch in any study, and no construction.
         OSError: a file cannot be written; an older one stays as it was.
     """
     epochs = store.to_frame(studies)
-    if epochs.empty:
+    if epochs.empty and not any(map(_construction, studies)):
         raise ValueError("there is no epoch to report yet; degrade show tells how far the runs are")
     sections = [_section(study, epochs, f"study-{i}", out) for i, study in enumerate(studies, start=1)]
+    grids = [_side_by_side(name, grid, studies, epochs, out) for name, grid in grids_of(studies).items()]
     ended = max((end for study in studies for run in study.runs for end in _timing(run)[1]), default="")
     values = {
         "version": degrade.__version__,
         "date": ended.partition("T")[0],
         "sections": sections,
+        "grids": [grid for grid in grids if grid],
         "damaged": [_plain(line, 1000) for line in damaged],
         "chapters": CHAPTERS,
     }
@@ -226,9 +254,8 @@ CHAPTERS = ("Verdict", "Figures", "Numbers", "Fidelity", "Provenance")
 
 
 def _section(study: Study, epochs: "pd.DataFrame", anchor: str, out: Path) -> Section:
-    rows = epochs[epochs["study"] == study.name]
-    final = final_epochs(rows)
-    final = final[final["status"].isin(FINISHED)]
+    rows = epochs if epochs.empty else epochs[epochs["study"] == study.name]
+    final = rows if rows.empty else finished(rows)
     section = Section(_plain(study.name), anchor, _about(study))
     section.comparable = matches_protocol(study.shared, "paper") and not study.imported
     section.unfinished = [f"{run.folder.name}: {run.status}" for run in study.runs if run.status not in FINISHED]
@@ -237,18 +264,20 @@ def _section(study: Study, epochs: "pd.DataFrame", anchor: str, out: Path) -> Se
         section.headline = headline(found) or "nothing to compare: two finished depths of one block are needed"
         section.findings = [(v.verdict, in_words(v)) for v in deepest(found)]
         section.tables["numbers"] = _numbers(final)
-    if constructed := _construction(study):
-        section.headline = constructed["finding"].partition(". ")[0]
+    if went_on := from_trained(study.shared["init"]):
+        section.headline = "begun from trained weights"
+    if (constructed := _construction(study)) and constructed["finding"]:
+        section.headline = _plain(constructed["finding"].partition(". ")[0], 1_000)
         section.findings.insert(0, ("identity", _plain(constructed["finding"], 1_000)))
     if found:
         section.tables["verdict"] = _verdict_table(found)
-    if study.shared["steps"] < paper.STEPS:
+    if study.shared["steps"] < paper.STEPS and not went_on:
         of = f" of the paper's {paper.STEPS:,}" if study.shared["dataset"] == "cifar10" else ""
         section.early = f"This is early in training: {study.shared['steps']:,}{of} steps."
     if len(rows):
         section.pictures = _pictures(study, rows, final, out)
         section.film = film(rows)
-    if study.shared["dataset"] == "cifar10" and (literature := _literature(study)):
+    if study.shared["dataset"] == "cifar10" and not went_on and (literature := _literature(study)):
         section.tables["literature"] = literature
     imported, problems = _imported(study)
     section.tables["departures"] = Table(
@@ -264,19 +293,19 @@ def _section(study: Study, epochs: "pd.DataFrame", anchor: str, out: Path) -> Se
 
 
 def _construction(study: Study) -> dict[str, Any] | None:
-    """What `degrade identity` has stored of the construction that the study's run began from; None where none did."""
+    """What `degrade identity` has stored of the study; None where it has not been there, or the file is damaged."""
     try:
-        record = store.read_json(study.folder / store.IDENTITY)
+        return store.read_identity(study.folder)
     except (Failure, OSError):
         return None
-    texts = [record.get("finding"), *(record.get("source") or {}).values(), record.get("deep")]
-    return record if all(isinstance(text, str | int) for text in texts) else None
 
 
 def _about(study: Study) -> str:
     """What was run, in two sentences."""
     shared, runs = study.shared, study.runs
     seeds = Counter((run.config.block, run.config.depth) for run in runs).values()
+    if not seeds and from_trained(shared["init"]):
+        return "A construction that no run went on from."
     if not seeds:
         return "No run that can be read."
     many = str(max(seeds)) if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
@@ -343,11 +372,13 @@ def in_words(v: Verdict) -> str:
     return f"From {v.shallow} to {v.deep} layers {what} ({interval}): {decided}."
 
 
-def _verdict_table(found: Sequence[Verdict]) -> Table:
+def _verdict_table(found: Sequence[Verdict], field: str = "") -> Table:
+    """With a column for the values of a grid's `field`, where there is one."""
     rows = [
         (
             v.block.replace("-", " minus "),
             f"{v.deep} v {v.shallow}",
+            *([spelt(v.value) if v.best is None else "best"] if field else []),
             str(v.seeds),
             f"{100 * v.difference:+.2f}",
             interval_text(v),
@@ -355,14 +386,43 @@ def _verdict_table(found: Sequence[Verdict]) -> Table:
         )
         for v in found
     ]
-    columns = ("nets", ">depths", ">seeds", ">rise", ">95 % interval", "verdict")
+    columns = ("nets", ">depths", *([f">{field}"] if field else []), ">seeds", ">rise", ">95 % interval", "verdict")
     return Table("Final training error, deeper minus shallower, in percentage points", columns, rows)
+
+
+def _side_by_side(
+    name: str, grid: Grid, studies: Sequence[Study], epochs: "pd.DataFrame", out: Path
+) -> SideBySide | None:
+    """A grid: its figure, whose file is called `name`, and its verdicts; None where fewer than two studies have any."""
+    figure = plots.draw_grid(epochs, grid)
+    if figure is None:
+        return None
+    best = best_verdicts(epochs, grid)
+    found = sorted([*grid_verdicts(epochs, grid), *best], key=Verdict.place)
+    lines = best_lines(best, grid)
+    first = next(study for study in studies if study.name in grid.values)
+    folder = first.folder.parents[first.name.count("/")] / store.FIGURES  # of all results, as degrade plot has it
+    title = f"Final errors v {grid.field}"
+    picture = Picture(
+        Reading(title, SIDE_BY_SIDE, "a control of this tool's own"),
+        ". ".join([f"{title}, of {len(grid.values)} studies", *lines]),
+        _uri(_svg(figure, f"{name} {' '.join(grid.values)}"), "svg+xml"),
+        _link(folder / f"{name}.png", out),
+    )
+    values = _and([f"{_plain(study)} ({spelt(value)})" for study, value in grid.values.items()])
+    return SideBySide(
+        grid.field,
+        f"Studies that differ in {grid.field} alone: {values}.",
+        picture,
+        [f"{line[0].upper()}{line[1:]}." for line in lines],
+        _verdict_table(found, grid.field) if found else None,
+    )
 
 
 def _numbers(final: "pd.DataFrame") -> Table:
     """Final errors over seeds; beside the paper's, on CIFAR-10."""
     published = {(p.block, p.depth): p for p in paper.CIFAR10}
-    beside = set(final["dataset"]) == {"cifar10"}
+    beside = set(final["dataset"]) == {"cifar10"} and not from_trained(final["init"].iloc[0])
     rows = []
     for block, depth in _in_order(final):
         runs = final[(final["block"] == block) & (final["depth"] == depth)]
@@ -422,7 +482,7 @@ def _pictures(study: Study, rows: "pd.DataFrame", final: "pd.DataFrame", out: Pa
             uri = _uri(_svg(drawn[name], f"{study.name} {name}"), "svg+xml")
             pictures.append(Picture(READINGS[name], alt, uri, _link(study.folder / "figures" / f"{name}.png", out)))
     folder = study.folder / "figures"
-    for name in sorted({path.stem for path in folder.glob("*") if path.suffix in (".svg", ".png")} - set(drawn)):
+    for name in sorted({path.stem for path in folder.glob("*") if path.suffix in (".svg", ".png")} - set(DRAWN)):
         files = {kind: _read_picture(folder / f"{name}.{kind}") for kind in ("png", "svg")}
         held = [(len(data), kind, data) for kind, data in files.items() if data]
         if not held:
@@ -483,8 +543,9 @@ def _link(path: Path, out: Path) -> str | None:
 def film(rows: "pd.DataFrame") -> dict[str, Any] | None:
     """Training error v depth, frame by frame, for the page's script; None where there are no two frames.
 
-    Finished runs only, or all of them while none is. A frame is an epoch that all of these have; a diverged run stays
-    at chance from its last epoch on. At most 200 frames, thinned evenly, with the first and the last.
+    None either of runs that began from trained weights. Finished runs only, or all of them while none is. A frame is
+    an epoch that all of these have; a diverged run stays at chance from its last epoch on. At most 200 frames, thinned
+    evenly, with the first and the last.
 
     Args:
         rows: of one study, as `store.load` gives them.
@@ -493,8 +554,10 @@ def film(rows: "pd.DataFrame") -> dict[str, Any] | None:
         steps, epochs: of each frame. nets: block, depth, and the error of each seed in each frame, (seeds, frames).
         chance: the error of guessing; last: the step at which training ends.
     """
-    finished = rows[rows["status"].isin(FINISHED)]
-    chosen = finished if len(finished) else rows
+    if from_trained(rows["init"].iloc[0]):
+        return None
+    ended = rows[rows["status"].isin(FINISHED)]
+    chosen = ended if len(ended) else rows
     table = chosen.pivot(index="step", columns="id", values="train_error").sort_index()
     chance = chance_error(str(rows["dataset"].iloc[0]))
     for run, own in chosen[chosen["status"] == "diverged"].groupby("id"):
@@ -589,14 +652,15 @@ def _runs(study: Study) -> Table:
 
 
 def commands(study: Study) -> list[str]:
-    """The commands that redo the study; none of imported runs."""
+    """The commands that redo the study, where results are in results/; none of imported runs."""
     shared = study.shared
-    if shared["init"].startswith("identity:"):
+    if from_trained(shared["init"]):
         record = _construction(study)
-        source = study.folder.parent / record["source"]["study"] / record["source"]["run"] if record else "RUN"
-        asked = ["--depth", str(record["deep"] if record else "DEPTH"), "--steps", str(shared["steps"])]
-        asked += ["--lr", str(shared["lr"]), "--study", study.folder.resolve().name]
-        return [shlex.join(["degrade", "identity", str(source), *asked])]
+        run, source = shared["init"].split(":")[1], record["source"]["study"] if record else "STUDY"
+        depth = record["deep"] if record else max((run.config.depth for run in study.runs), default="DEPTH")
+        trained = ["--steps", str(shared["steps"]), "--lr", str(shared["lr"])] if study.runs else []
+        own = ["--study", study.folder.resolve().name]
+        return [shlex.join(["degrade", "identity", f"results/{source}/{run}", "--depth", str(depth), *trained, *own])]
     if study.imported:
         return []
     fields = {name: value for name, value in shared.items() if name != "dataset"}

@@ -166,6 +166,19 @@ def test_named_protocols_keep_the_papers_shape(protocol):
     assert not matches_protocol(dataclasses.replace(config, lr=0.3).shared(), protocol)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "same"),
+    [
+        ("dataset", "shapes", True),
+        ("precision", "tf32", True),
+        ("input_mean", (0.49, 0.48, 0.45), False),
+        ("padding", "black", False),
+    ],
+)
+def test_a_protocol_is_whatever_the_data_set_and_the_precision(field, value, same):
+    assert matches_protocol(dataclasses.replace(PAPER, **{field: value}).shared(), "paper") is same
+
+
 def test_overrides_that_change_nothing_do_not_count():
     assert overridden("smoke", {"lr": 0.02, "width": 4, "steps": 24, "milestones": [12, 18]}) == {}
     assert overridden("smoke", {"lr": 0.03, "width": 4}) == {"lr": 0.03}

@@ -259,6 +259,11 @@ class TestGrids:
         other = shared(steps=100, milestones=(10,))
         assert grids({"a": other, "b": base}) == [Grid("milestones", {"a": [10], "b": [50, 75]})]
 
+    def test_nor_those_that_began_from_trained_weights(self):
+        one, other = (f"identity:plain-8-s{seed}-01234567:0123456789ab" for seed in (0, 1))
+        assert grids({"a": shared(init=one), "b": shared(init=other), "c": shared()}) == []
+        assert grids({"a": shared(init=one), "b": shared(init=one, lr=0.7)}) == []
+
     def test_all_images_are_the_most(self):
         (found,) = grids({"a": shared(), "b": shared(train_images=500)})
         assert list(found.values.items()) == [("b", 500), ("a", None)]

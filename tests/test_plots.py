@@ -88,6 +88,36 @@ def test_published_numbers_only_beside_the_papers_own_protocol(tmp_path, epochs)
     assert "protocol paper, changed" in texts(figure)
 
 
+def test_published_numbers_beside_imported_runs_close_to_the_protocol_which_the_title_says(tmp_path):
+    for folder, fields, imported in (
+        ("trained", {"padding": "black"}, False),
+        ("imported", {"padding": "black", "input_mean": (0.5, 0.5, 0.5)}, True),
+    ):
+        write_run(
+            tmp_path / folder, RunConfig(block="plain", depth=20, seed=0, **fields), [(0.1, 0.1)], protocol="paper"
+        )
+        epochs = degrade.load(tmp_path / folder).assign(imported=imported)
+        figure = plots.figures(epochs)["training-error"]
+        assert ("plain, He et al. 2015" in lines(figure)) is imported
+        assert "protocol paper, changed" in texts(figure)
+        assert ("imported: trained elsewhere" in texts(figure)) is imported
+
+
+def test_published_numbers_have_the_year_of_their_paper(tmp_path):
+    for block in ("residual", "preact"):
+        write_run(tmp_path / "p", RunConfig(block=block, depth=110, seed=0), [(0.1, 0.1)], protocol="paper")
+    drawn = lines(plots.figures(degrade.load(tmp_path))["test-error"])
+    assert [label for label in drawn if "He et al." in label] == ["residual, He et al. 2015", "preact, He et al. 2016"]
+    np.testing.assert_allclose(drawn["preact, He et al. 2016"].get_xydata(), [[110, 0.0637]])
+
+
+def test_runs_that_began_from_trained_weights_are_in_none_of_them(tmp_path):
+    for depth in (8, 14):
+        config = smoke(depth=depth, init="identity:plain-8-s0-01234567:0123456789ab")
+        write_run(tmp_path / "s", config, [(0.3, 0.3), (0.2, 0.2)])
+    assert plots.figures(degrade.load(tmp_path)) == {}
+
+
 def test_diverged_runs_stand_at_chance(tmp_path):
     write_run(tmp_path / "s", smoke("plain", 8), [(0.5, 0.5)])
     write_run(tmp_path / "s", smoke("plain", 14), [(0.3, 0.3)], loss=float("nan"))

@@ -362,6 +362,141 @@ def test_the_commands_redo_the_study(tmp_path, cli, monkeypatch, made):
     assert planned == {config.run_id for config in configs}
 
 
+FINDING = "Built from <plain-8>, it is no worse. Training left the solution."
+
+
+def construct(root, *, runs=True):
+    """Beside a study, what `degrade identity` makes of its plain-8, maybe with both of its runs."""
+    make_study(root / "s", blocks=("plain",), seeds=(0,))
+    source = smoke("plain", 8, 0).run_id
+    init = f"identity:{source}:0123456789ab"
+    store.Study(root / "c", "c", "smoke", smoke(init=init, steps=12, milestones=()).shared()).create([])
+    for depth in (8, 14) if runs else ():
+        write_run(root / "c", smoke(depth=depth, init=init, steps=12, milestones=()), [(0.3, 0.3), (0.2, 0.25)])
+    record = {"source": {"study": "s", "run": source, "weights": "0123456789ab"}, "block": "plain", "shallow": 8}
+    record |= {"deep": 14, "train": {"deep_error": 0.1}, "finding": FINDING}
+    (root / "c" / store.IDENTITY).write_bytes(store.to_json(record))
+    return root
+
+
+def section_of(twin, name):
+    return re.search(rf"^## {name}\n.*?(?=^## |\Z)", twin, re.MULTILINE | re.DOTALL)[0]
+
+
+def test_runs_that_began_from_trained_weights_are_no_degradation_study(tmp_path):
+    construct(tmp_path)
+    (tmp_path / "c" / "figures").mkdir()
+    for name in ("identity", "training-error"):  # the other as an older degrade left it
+        (tmp_path / "c" / "figures" / f"{name}.svg").write_bytes(SVG)
+    page, twin = report.write_report(*store.find_studies(tmp_path), tmp_path / "out")
+    text = section_of(unescaped(twin.read_text()), "c")
+    assert f"- {FINDING}\n" in text
+    assert "1. c: Built from &lt;plain-8&gt;, it is no worse\n" in twin.read_text()
+    assert re.findall(r"\*\*Figure 1.*?\*\*", text) == ["**Figure 1.1. The identity construction.**"]
+    assert "| plain-14 | 1 | 20.00 % | 25.00 % |" in text
+    for word in ("early in training", "rises by", "undecided"):
+        assert word not in text
+        assert word in section_of(twin.read_text(), "s")
+    assert page.read_text().count('class="film"') == 1
+    assert f"degrade identity results/s/{smoke().run_id} --depth 14 --steps 12 --lr 0.02 --study c" in text
+
+
+def test_a_construction_without_a_run(tmp_path):
+    construct(tmp_path, runs=False)
+    _, twin = report.write_report(*store.find_studies(tmp_path), tmp_path / "out")
+    text = section_of(unescaped(twin.read_text()), "c")
+    assert f"- {FINDING}\n" in text
+    assert f"degrade identity results/s/{smoke().run_id} --depth 14 --study c" in text
+    _, twin = report.write_report(*store.find_studies(tmp_path / "c"), tmp_path / "out")
+    assert f"- {FINDING}\n" in unescaped(twin.read_text())
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", "3", "null", '{"source": [1]}', '{"source": {}}', "{}", '{"finding": ["x"]}', "\udcff"]
+)
+def test_a_damaged_record_of_a_construction_counts_as_none(tmp_path, text):
+    construct(tmp_path)
+    (tmp_path / "c" / store.IDENTITY).write_bytes(text.encode(errors="surrogateescape"))
+    _, twin = report.write_report(*store.find_studies(tmp_path), tmp_path / "out")
+    text = section_of(twin.read_text(), "c")
+    assert "Begun from trained weights.\n" in text
+    assert f"degrade identity results/STUDY/{smoke().run_id} --depth 14 --steps 12" in text
+
+
+@pytest.mark.parametrize("missing", ["scratch", "finding"])
+def test_a_record_that_lacks_what_need_not_be_there(tmp_path, missing):
+    path = construct(tmp_path) / "c" / store.IDENTITY
+    record = {"scratch": None} | json.loads(path.read_bytes())
+    del record[missing]
+    path.write_bytes(store.to_json(record))
+    _, twin = report.write_report(*store.find_studies(tmp_path), tmp_path / "out")
+    text = section_of(unescaped(twin.read_text()), "c")
+    assert (FINDING in text) is (missing == "scratch")
+    assert f"results/s/{smoke().run_id}" in text
+
+
+def test_relative_or_absolute_results_give_the_same_bytes(tmp_path, monkeypatch):
+    construct(tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
+    for root, out in ((Path("here"), Path("one")), (tmp_path / "here", tmp_path / "two")):
+        report.write_report(*store.find_studies(root), out)
+    for name in (report.HTML, report.MARKDOWN):
+        text = (tmp_path / "one" / name).read_bytes()
+        assert text == (tmp_path / "two" / name).read_bytes()
+        assert b"here/s" not in text
+        assert str(tmp_path).encode() not in text
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    """plain-8 is best at lr 0.1, plain-14 at 0.05, and still worse there; two of the studies in one folder <b>."""
+    for lr, shallow, deep in ((0.1, 0.30, 0.70), (0.05, 0.35, 0.45)):
+        for depth, error in ((8, shallow), (14, deep)):
+            for seed in (0, 1):
+                config = smoke("plain", depth, seed, lr=lr)
+                write_run(tmp_path / "<b>" / f"s-lr{lr}", config, [(0.9, 0.9), (error + 0.01 * seed, 0.9)])
+    return tmp_path
+
+
+def test_studies_that_differ_in_one_field_are_side_by_side(tuned, cli):
+    assert cli("plot", tuned / "<b>", "--formats", "png").exit_code == 0
+    page, twin = report.write_report(*store.find_studies(tuned / "<b>"), tuned / "out")
+    text = twin.read_text()
+    mine = section_of(text, "Side by side")
+    assert "3. Side by side: studies that differ in lr\n" in text
+    assert "Studies that differ in lr alone: s-lr0.05 (0.05) and s-lr0.1 (0.1).\n" in mine
+    assert "- Even with the best lr of each depth, plain-14 (lr 0.05) is 15.00 points above plain-8 (lr 0.1).\n" in mine
+    (table,) = tables_of(mine)
+    assert [row[:5] for row in table[1:]] == [
+        ["plain", "14 v 8", "0.05", "2", "+10.00"],
+        ["plain", "14 v 8", "0.1", "2", "+40.00"],
+        ["plain", "14 v 8", "best", "2", "+15.00"],
+    ]
+    (link,) = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", mine)
+    assert (tuned / "out" / unquote(link)).resolve() == tuned / "<b>" / "figures" / "grid-lr.png"
+    assert "**Figure 3.1. Final errors v lr.**" in mine
+    reader = Reader(page.read_text())
+    assert [t for t in reader.tables if t != [["nets"]]] == tables_of(text)
+    assert any(image["alt"].startswith("Final errors v lr, of 2 studies. even with") for image in reader.all("img"))
+    ids = [attributes["id"] for _, attributes in reader.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert "#side-by-side" in {attributes["href"] for attributes in reader.all("a")}
+    again = report.write_report(*store.find_studies(tuned / "<b>"), tuned / "again")
+    assert [path.read_text() for path in again] == [page.read_text(), text]
+
+
+def test_of_studies_in_folders_too_and_their_names_are_text(tuned):
+    page, twin = report.write_report(*store.find_studies(tuned), tuned / "out")
+    assert "differ in lr alone: &lt;b&gt;/s-lr0.05 (0.05)" in twin.read_text()
+    assert "<b>/" not in page.read_text()
+    assert "![" not in section_of(twin.read_text(), "Side by side")  # no file yet
+
+
+def test_without_such_studies_nothing_is_side_by_side(page, twin):
+    assert "ide by side" not in page
+    assert "ide by side" not in twin
+
+
 def test_a_command_is_quoted_for_the_shell(results):
     (command, other) = report.commands(store.Study.open(results / ODD))
     assert shlex.split(command)[-1] == shlex.split(other)[-1] == ODD

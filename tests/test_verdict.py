@@ -7,6 +7,7 @@ from conftest import smoke, write_run
 from scipy import stats
 
 import degrade
+from degrade import store
 from degrade.analysis.verdict import decide, interval, verdicts
 
 
@@ -127,6 +128,67 @@ def test_studies_are_never_mixed(tmp_path, folders):
     write_run(tmp_path / folders[0], smoke("plain", 8), [(0.1, 0.1)])
     write_run(tmp_path / folders[1], smoke("plain", 14, lr=0.5), [(0.9, 0.1)])
     assert verdicts(degrade.load(tmp_path)) == []
+
+
+class TestFromTrainedWeights:
+    """What `degrade identity` leaves: the deeper net, and the shallow one as its control."""
+
+    @pytest.fixture
+    def constructed(self, tmp_path):
+        for depth, error in ((8, 0.2), (14, 0.7)):
+            config = smoke(depth=depth, init="identity:plain-8-s0-01234567:0123456789ab")
+            write_run(tmp_path / "c", config, [(0.3, 0.3), (error, 0.5)])
+        return tmp_path / "c"
+
+    def write(self, folder, **changes):
+        source = {"study": "s", "run": "plain-8-s0-01234567", "weights": "0123456789ab"}
+        record = {"source": source, "block": "plain", "shallow": 8, "deep": 14, "train": {"deep_error": 0.1}}
+        (folder / store.IDENTITY).write_bytes(store.to_json(record | changes))
+
+    def test_no_degradation_is_read_off_them(self, constructed):
+        assert verdicts(degrade.load(constructed)) == []
+        found = study(constructed.parent, {("plain", 8): [0.1], ("plain", 14): [0.5]})
+        assert {v.study for v in found.values()} == {"s"}
+
+    def test_a_line_says_what_was_found(self, constructed, cli):
+        begun = cli("verdict", constructed)
+        assert (begun.exit_code, begun.stdout) == (0, "c: begun from trained weights: see its identity.json\n")
+        self.write(constructed, finding="It left the solution.")
+        assert cli("verdict", constructed).stdout == "c: It left the solution.\n"
+        assert cli("verdict", constructed, "--json").stdout == "[]\n"
+        study(constructed.parent, {("plain", 8): [0.1], ("plain", 14): [0.5]})
+        both = cli("verdict", constructed.parent).stdout.splitlines()
+        assert both[:2] == ["c: It left the solution.", both[1]]
+        assert both[1].startswith("s: final training error")
+
+    def test_a_construction_without_a_run(self, tmp_path, cli):
+        shared = smoke(init="identity:plain-8-s0-01234567:0123456789ab").shared()
+        store.Study(tmp_path / "c", "c", "smoke", shared).create([])
+        self.write(tmp_path / "c", finding="It is no worse.")
+        for command in ("verdict", "show"):
+            assert cli(command, tmp_path).exit_code == 0
+        assert cli("verdict", tmp_path).stdout == "c: It is no worse.\n"
+        study(tmp_path, {("plain", 8): [0.1], ("plain", 14): [0.5]})
+        assert cli("plot", tmp_path, "--formats", "png").exit_code == 0
+        assert "s: final training error" in cli("verdict", tmp_path).stdout
+
+    @pytest.mark.parametrize("text", ["[]", "{", '{"source": [1]}', '{"source": {}}', '{"finding": 3}'])
+    def test_a_damaged_record_is_named_and_left_out(self, constructed, cli, text):
+        (constructed / store.IDENTITY).write_text(text)
+        for command in (("verdict",), ("plot", "--formats", "png")):
+            told = cli(*command, constructed)
+            assert told.exit_code == 1
+            assert f"left out: {constructed / store.IDENTITY} is not" in told.stderr
+        assert not (constructed / store.FIGURES).exists()
+
+    def test_only_the_figure_of_the_construction_is_drawn(self, constructed, cli):
+        self.write(constructed)
+        assert cli("plot", constructed, "--formats", "png").exit_code == 0
+        assert [path.name for path in (constructed / store.FIGURES).iterdir()] == ["identity.png"]
+
+
+def test_no_epoch_has_no_verdict():
+    assert verdicts(pd.DataFrame()) == []
 
 
 def test_records_are_plain(tmp_path):

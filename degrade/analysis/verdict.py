@@ -5,7 +5,8 @@ Imports no torch: a verdict is read off the logs.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from degrade import paper
 from degrade.config import BLOCKS, DATASETS, TYPES, spelt, usual_milestones
-from degrade.store import FINISHED
+from degrade.store import FINISHED, Study
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,14 +131,22 @@ def finished(epochs: "pd.DataFrame") -> "pd.DataFrame":
     return final[final["status"].isin(FINISHED)]
 
 
+def from_trained(init: str) -> bool:
+    """Whether runs with this `init` began from trained weights (`degrade identity`): they show no degradation."""
+    return init.startswith("identity:")
+
+
 def verdicts(epochs: "pd.DataFrame") -> list[Verdict]:
     """Every comparison the runs allow: per study and block, each deeper net minus the shallowest, and the contrast.
 
     Args:
-        epochs: as `store.load` gives it. Only runs that are done or diverged count.
+        epochs: as `store.load` gives it. Only runs that are done or diverged count, and none that began from trained
+            weights.
     """
-    final = finished(epochs)
-    return [verdict for _, runs in final.groupby("study", sort=True) for verdict in _comparisons(runs)]
+    if epochs.empty:
+        return []
+    studies = [runs for _, runs in finished(epochs).groupby("study", sort=True)]
+    return [v for runs in studies if not from_trained(runs["init"].iloc[0]) for v in _comparisons(runs)]
 
 
 @dataclass(frozen=True)
@@ -157,13 +166,15 @@ def grids(studies: Mapping[str, Mapping[str, Any]]) -> list[Grid]:
     """Those among studies in one folder, by field; a study may be in several.
 
     Milestones at half and three quarters of the steps go with the steps. Two data sets make no grid, since their
-    errors do not compare; nor do studies of which two have the same value.
+    errors do not compare; nor do studies of which two have the same value, nor any that began from trained weights.
 
     Args:
         studies: the fields that the runs of each have in common (`Study.shared`), by name.
     """
     alike: dict[tuple[str, str], list[str]] = {}
     for name, shared in studies.items():
+        if from_trained(shared["init"]):
+            continue
         usual = shared["milestones"] == list(usual_milestones(shared["steps"]))
         described = dict(shared) | {"milestones": "usual" if usual else shared["milestones"]}
         for field in described.keys() - {"dataset"}:
@@ -177,6 +188,18 @@ def grids(studies: Mapping[str, Mapping[str, Any]]) -> list[Grid]:
             rising = sorted(values.items(), key=lambda pair: (pair[1] is None, pair[1]))  # None: all images
             found.append(Grid(field, dict(rising)))
     return found
+
+
+def grids_of(studies: Iterable[Study]) -> dict[str, Grid]:
+    """The grids among the studies that were trained here and have an epoch, by the names of their figures."""
+    begun = [study for study in studies if not study.imported and any(run.epochs for run in study.runs)]
+    found = grids({study.name: study.shared for study in begun})
+    fields = Counter(grid.field for grid in found)
+    named = {}
+    for grid in found:
+        own = f"-{min(grid.values).replace('/', '-')}" if fields[grid.field] > 1 else ""
+        named[f"grid-{grid.field}{own}"] = grid
+    return named
 
 
 def grid_verdicts(epochs: "pd.DataFrame", grid: Grid) -> list[Verdict]:

@@ -12,9 +12,12 @@ from rich.table import Table
 
 from degrade import paper, store, terminal
 from degrade.cli.app import Results, app, console, count, epochs_of, leave, names, say, say_errors, say_paths, tell
+from degrade.errors import Failure
 
 if TYPE_CHECKING:
-    from degrade.analysis.verdict import Grid, Verdict
+    from degrade.analysis.verdict import Verdict
+
+FROM_TRAINED = "begun from trained weights: see its identity.json"
 
 
 @app.command()
@@ -97,32 +100,37 @@ def plot(
     epochs = epochs_of(results, studies, damaged)
 
     from degrade import plots, probe_plots
+    from degrade.analysis.verdict import grids_of
 
     for name, rows in epochs.groupby("study", sort=True):
         study = next(study for study in studies if study.name == name)
         folder = out / name if out else study.folder / store.FIGURES
         probed, unreadable = probe_plots.of_study(study)
         damaged += unreadable
-        for title, figure in (plots.figures(rows) | _identity(study) | probed).items():
+        for title, figure in (plots.figures(rows) | _identity(study, damaged) | probed).items():
             say_paths(plots.save(figure, folder, title, kinds))
-    grids = _grids(studies)
-    fields = [grid.field for grid in grids]
-    for grid in grids:
-        name = f"grid-{grid.field}"
-        if fields.count(grid.field) > 1:
-            name += f"-{min(grid.values).replace('/', '-')}"
+    for name, grid in grids_of(studies).items():
         if side_by_side := plots.draw_grid(epochs, grid):
             say_paths(plots.save(side_by_side, out or results / store.FIGURES, name, kinds))
     return tell(damaged)
 
 
-def _identity(study: store.Study) -> dict[str, Any]:
+def _construction(study: store.Study, damaged: list[str]) -> dict[str, Any]:
+    """What `degrade identity` has stored of the study; nothing where it is damaged, which is named then."""
+    try:
+        return store.read_identity(study.folder) or {}
+    except (Failure, OSError) as error:
+        damaged.append(str(error) if isinstance(error, Failure) else f"{error.filename}: {error.strerror}")
+        return {}
+
+
+def _identity(study: store.Study, damaged: list[str]) -> dict[str, Any]:
     """The figure of a study that goes on from an identity construction; none of another."""
     from degrade import plots
 
-    if not (study.folder / store.IDENTITY).exists():
+    record = _construction(study, damaged)
+    if not record:
         return {}
-    record = store.read_json(study.folder / store.IDENTITY)
     logs = {run.config.depth: run.epochs for run in study.runs}
     continued, control = (logs.get(record[depth], []) for depth in ("deep", "shallow"))
     if not continued:
@@ -139,16 +147,18 @@ def verdict(
 
     A deeper net degrades if its whole interval lies above 0, and does not degrade if it ends at most half a point
     above; otherwise, and with one seed, it is undecided. Studies that differ in one field alone are shown side by side,
-    and each depth with the value that is best for it.
+    and each depth with the value that is best for it. Of runs that began from trained weights it is said what
+    degrade identity has found.
 
     Example: degrade verdict results/
     """
     studies, damaged = store.find_studies(results)
-    epochs = epochs_of(results, studies, damaged)
 
-    from degrade.analysis.verdict import best_verdicts, grid_verdicts, verdicts
+    from degrade.analysis.verdict import best_verdicts, from_trained, grid_verdicts, grids_of, verdicts
 
-    grids = [(grid, grid_verdicts(epochs, grid), best_verdicts(epochs, grid)) for grid in _grids(studies)]
+    constructed = [study for study in studies if from_trained(study.shared["init"])]
+    epochs = store.to_frame(studies) if constructed else epochs_of(results, studies, damaged)
+    grids = [(grid, grid_verdicts(epochs, grid), best_verdicts(epochs, grid)) for grid in grids_of(studies).values()]
     side_by_side = {name for grid, _, _ in grids for name in grid.values}
     alone = [v for v in verdicts(epochs) if v.study not in side_by_side]
     if as_json:
@@ -156,7 +166,9 @@ def verdict(
         print(json.dumps([v.as_dict() for v in found], indent=2, allow_nan=False))
         return tell(damaged)
     for study in studies:
-        if study.name not in side_by_side:
+        if study in constructed:
+            say(f"{study.name}: {_construction(study, damaged).get('finding') or FROM_TRAINED}")
+        elif study.name not in side_by_side:
             mine = [v for v in alone if v.study == study.name]
             _say_verdicts(study.name, mine, terminal.verdict_table(mine), [study])
     for grid, each, best in grids:
@@ -166,14 +178,6 @@ def verdict(
         for line in terminal.best_lines(best, grid):
             say(line)
     return tell(damaged)
-
-
-def _grids(studies: Sequence[store.Study]) -> "list[Grid]":
-    """Of the studies that were trained here and have an epoch."""
-    from degrade.analysis.verdict import grids
-
-    begun = [study for study in studies if not study.imported and any(run.epochs for run in study.runs)]
-    return grids({study.name: study.shared for study in begun})
 
 
 def _say_verdicts(title: str, found: "Sequence[Verdict]", table: Table, studies: Sequence[store.Study]) -> None:
