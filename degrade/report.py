@@ -414,7 +414,7 @@ def _side_by_side(
         grid.field,
         f"Studies that differ in {grid.field} alone: {values}.",
         picture,
-        [f"{line[0].upper()}{line[1:]}." for line in lines],
+        [f"{line if line.startswith(grid.field) else line[0].upper() + line[1:]}." for line in lines],
         _verdict_table(found, grid.field) if found else None,
     )
 

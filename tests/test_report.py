@@ -466,6 +466,7 @@ def test_studies_that_differ_in_one_field_are_side_by_side(tuned, cli):
     assert "3. Side by side: studies that differ in lr\n" in text
     assert "Studies that differ in lr alone: s-lr0.05 (0.05) and s-lr0.1 (0.1).\n" in mine
     assert "- Even with the best lr of each depth, plain-14 (lr 0.05) is 15.00 points above plain-8 (lr 0.1).\n" in mine
+    assert "- lr 0.1, the highest tried, is the best of plain-8: one beyond it may be better still.\n" in mine
     (table,) = tables_of(mine)
     assert [row[:5] for row in table[1:]] == [
         ["plain", "14 v 8", "0.05", "2", "+10.00"],
