@@ -165,8 +165,14 @@ def _study_file(shared: dict[str, Any], imported: bool) -> bytes:
 
 
 def _run(folder: Path, shared: dict[str, Any] | None) -> Iterator[Finding]:
-    for partial in commit.leavings(folder) + commit.leavings(folder / store.CHECKPOINTS):
-        yield _leaving(partial)
+    for part in (folder, folder / store.CHECKPOINTS, folder / store.SNAPSHOTS):
+        for partial in commit.leavings(part):
+            yield _leaving(partial)
+    for path in commit.checkpoints(folder / store.SNAPSHOTS):
+        try:
+            commit.read_checkpoint(path)
+        except ValueError as error:
+            yield Finding(path, str(error).removeprefix("it "))
     config, finding = _config(folder, shared)
     if finding:
         yield finding

@@ -136,12 +136,18 @@ def write_checkpoint(folder: Path, step: int, data: bytes, *, epochs: int = 0) -
         data: the checkpoint.
         epochs: rows of the log so far. At the end of an epoch there is one more than before, at the same step.
     """
-    path = folder / f"{step:09d}-{epochs:06d}-{hashlib.sha256(data).hexdigest()}.pt"
-    write_file(path, data)
+    path = keep_checkpoint(folder, step, data, epochs=epochs)
     older = [other for other in checkpoints(folder) if other.name <= path.name]
     for other in checkpoints(folder):
         if other not in older[:KEPT]:
             remove(other)
+
+
+def keep_checkpoint(folder: Path, step: int, data: bytes, *, epochs: int = 0) -> Path:
+    """Commit `data` as a checkpoint in `folder` like `write_checkpoint`, and drop none; its path."""
+    path = folder / f"{step:09d}-{epochs:06d}-{hashlib.sha256(data).hexdigest()}.pt"
+    write_file(path, data)
+    return path
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ results/<study>/<run id>/config.json        the whole configuration
                          timing.csv         seconds an epoch; the only file that knows the clock
                          environment.json   versions, hardware, threads
                          checkpoints/       the commit points
+                         snapshots/         the weights at steps that were asked for
                          imported.json      where an imported run's weights come from, and what they measure here
                          weights.pt         of an imported run
                          error.txt          the traceback of a failed run
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 STUDY, CONFIG, LOG, TIMING = "study.json", "config.json", "log.csv", "timing.csv"
 ENVIRONMENT, CHECKPOINTS, ERROR, LOCK = "environment.json", "checkpoints", "error.txt", "lock"
-IMPORTED, WEIGHTS = "imported.json", "weights.pt"
+IMPORTED, WEIGHTS, SNAPSHOTS = "imported.json", "weights.pt", "snapshots"
 IDENTITY, PROBES, FIGURES = "identity.json", "probes", "figures"  # of a study
 FINISHED = ("done", "diverged")  # the statuses of runs that count as results
 

@@ -47,7 +47,7 @@ class Progress(NamedTuple):
 class Task:
     """One run, as it is handed to whatever process trains it. Without `commit_seconds`, the device decides them.
 
-    `retry`: even if it has failed.
+    `retry`: even if it has failed. `snapshots`: the steps whose weights are kept.
     """
 
     study: str
@@ -58,6 +58,7 @@ class Task:
     compiled: bool = False
     commit_seconds: float | None = None
     retry: bool = False
+    snapshots: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,7 @@ def sweep(
     data_dir: Path,
     *,
     commit_seconds: float | None = None,
+    snapshots: Sequence[int] = (),
 ) -> Iterator[tuple[Run, Event]]:
     """Train `runs`, from their newest checkpoints where there are any, and store the results.
 
@@ -235,6 +237,7 @@ def sweep(
                 machine.compiles(run.config),
                 commit_seconds,
                 retry=run.status == "failed",
+                snapshots=tuple(snapshots),
             )
             for run in todo
         ]
@@ -356,6 +359,8 @@ def _train_run(task: Task, device: str, lock: commit.Lock) -> Iterator[Progress 
             if now - committed >= interval and len(writing) < (2 if epoch else 1):  # however slow the disk
                 writing.append(submit())
                 committed = now
+            if training.step in task.snapshots and not epoch:  # after the update, not again after the epoch it ends
+                writing.append(writer.submit(_keep, lock, training.step, training.snapshot(), len(training.epochs)))
             if epoch or now - reported >= REPORT_SECONDS:
                 yield Progress(training.step, last)
                 reported = now
@@ -373,8 +378,9 @@ def _tidy(folder: Path) -> None:
     """Begin anew where an earlier process failed or was killed."""
     commit.make_folder(folder / store.CHECKPOINTS)
     commit.remove(folder / store.ERROR)
-    for path in commit.leavings(folder) + commit.leavings(folder / store.CHECKPOINTS):
-        commit.remove(path)
+    for part in (folder, folder / store.CHECKPOINTS, folder / store.SNAPSHOTS):
+        for path in commit.leavings(part):
+            commit.remove(path)
 
 
 def _restore(training: Training, run: Run) -> list[str]:
@@ -414,6 +420,13 @@ def _commit(
     commit.write_checkpoint(folder / store.CHECKPOINTS, step, state(), epochs=len(epochs))
     _write_log(folder, config, epochs)
     commit.write_file(folder / store.TIMING, timing.encode())
+
+
+def _keep(lock: commit.Lock, step: int, state: Callable[[], bytes], epochs: int) -> None:
+    folder = lock.path.parent / store.SNAPSHOTS
+    lock.check()
+    commit.make_folder(folder)
+    commit.keep_checkpoint(folder, step, state(), epochs=epochs)
 
 
 def _write_log(folder: Path, config: RunConfig, epochs: list[Epoch]) -> None:

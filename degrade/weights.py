@@ -40,7 +40,8 @@ class Trained(NamedTuple):
 
 def recorded(run: Run) -> list[tuple[int, Path]]:
     """The files with weights of this run, each with its step, the oldest first; none where there are none."""
-    found = [(int(path.name.partition("-")[0]), path) for path in commit.checkpoints(run.folder / store.CHECKPOINTS)]
+    paths = [path for part in (store.SNAPSHOTS, store.CHECKPOINTS) for path in commit.checkpoints(run.folder / part)]
+    found = [(int(path.name.partition("-")[0]), path) for path in paths]
     if (run.folder / store.WEIGHTS).exists():
         found.append((run.config.steps, run.folder / store.WEIGHTS))
     return sorted(found)

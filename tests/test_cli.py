@@ -410,6 +410,7 @@ class TestShow:
             "depth": 8,
             "seed": 0,
             "status": "done",
+            "imported": False,
             "epoch": 2,
             "step": 24,
             "train_error": 0.5,

@@ -81,7 +81,7 @@ VALUES = st.sampled_from(HOSTILE) | st.text(st.characters(exclude_characters="\0
 
 GRID = {
     "--depths": ["8", "8,14", "8, 14", "20,,56", "21", "8,8", "20,32,44,56,110", "1000000004", "-8", "8,", "8;14"],
-    "--blocks": ["plain", "residual", "plain,residual", "dense", "plain,,"],
+    "--blocks": ["plain", "residual", "plain,residual", "preact", "dense", "plain,,"],
 }
 MACHINE = {
     "--device": ["auto", "cpu", "cuda", "cuda:1", "mps", "gpu", "cpu:1"],
@@ -102,6 +102,10 @@ FIELDS = {
     "--milestones": ["3", "12,18", "18,12", "-1"],
     "--decay": ["all", "conv", "none"],
     "--shortcut": ["A", "B", "C", "a"],
+    "--init": ["he", "zero-gamma", "identity:plain-8-s0-01234567:0123456789ab", "zeros"],
+    "--input-mean": ["0.5,0.5,0.5", "0.5", "nan,0,0", "1,2,x"],
+    "--padding": ["mean", "black", "white"],
+    "--snapshots": ["0", "3,24", "25", "-1", "99999999999"],
     "--grid": ["lr=0.1,0.2", "lr=0.1,0.1", "lr=", "width=1,2,x", "depth=8,14", "init=he,zero-gamma", "steps=1,2"],
 } | {f"--{name}": ["0", "1", "8", "100", "1.5", "0.1", "1e-3", "1000000000000"] for name in NUMBERS}
 STORED = {
@@ -117,6 +121,18 @@ OPTIONS = {  # of each command, with some of their values
     "verdict": {"--json": []},
     "check": {"--repair": []},
     "bench": GRID | MACHINE | {"--json": []},
+    "report": {"--out": PLACES},
+    "export": {"--to": [*PLACES, "net.pt", "net.safetensors", "none/net.pt"]},
+    "identity": {"--depth": ["8", "14", "21", "x"], "--steps": ["0", "5", "-1"], "--lr": ["0.1", "nan", "-1"]},
+    "import": {
+        "--block": ["plain", "dense"],
+        "--depth": ["8", "9"],
+        "--source": ["a friend"],
+        "--set": ["width=4", "depth=8", "x=1", "width"],
+        "--mean": ["0.5,0.5,0.5", "125,125,125"],
+        "--log": PLACES,
+        "--study": ["mine", "study", "a b"],
+    },
 }
 RIGHT = ["--depths=8", "--protocol=smoke", "--dataset=shapes", "--device=cpu"]
 REFUSED = [  # whatever comes before: at once, by the study that is there, and by the machine
@@ -274,7 +290,7 @@ def test_any_command_line_ends_in_0_or_2_with_one_line_and_nothing_written(cli, 
     tally(14, "argument lists")
     held_to_the_promise(*result)
     if listing(world.parent) != before:
-        assert {"--repair", "plot"} & set(words), words
+        assert {"--repair", "plot", "report"} & set(words), words
         assert result.exit_code != 2, words
         shutil.rmtree(world)
         shutil.copytree(original, world)

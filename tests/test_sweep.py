@@ -32,7 +32,8 @@ from degrade.sweep import (
     train_run,
     training_flops,
 )
-from degrade.train import Training
+from degrade.train import Training, load_splits, read_state
+from degrade.weights import recorded
 
 SWEEP = ["sweep", "--depths", "8,14", "--blocks", "plain,residual", "--dataset", "shapes", "--protocol", "smoke"]
 
@@ -73,6 +74,30 @@ def new_run(folder, config):
     study = Study(folder, folder.name, "smoke", config.shared())
     study.create([config])
     return store.Run.open(study.name, folder / config.run_id)
+
+
+def test_snapshots_are_the_weights_at_their_steps_however_often_it_was_stopped(data_dir, tmp_path):
+    config, kept = smoke(steps=20), (0, 5, 8, 20)  # the first epoch ends at step 8
+    runs = [new_run(tmp_path / name, config) for name in ("unbroken", "broken")]
+    for progress in train(dataclasses.replace(task(runs[0], data_dir), snapshots=kept)):
+        assert progress
+    for stop in (4, 6, 9, 99):
+        for number, progress in enumerate(
+            train_run(dataclasses.replace(task(runs[1], data_dir), snapshots=kept), "cpu"), start=1
+        ):
+            if number > stop and progress and progress.epoch:
+                break
+    names = [sorted(path.name for path in (run.folder / store.SNAPSHOTS).iterdir()) for run in runs]
+    assert names[0] == names[1]
+    assert [int(name.partition("-")[0]) for name in names[0]] == [5, 8, 20]  # that of step 0 can be made anew
+    training = Training(config, load_splits(config, data_dir, "cpu"))
+    for _ in range(5):
+        training.update()
+    state = read_state((runs[0].folder / store.SNAPSHOTS / names[0][0]).read_bytes())
+    assert state.step == 5
+    assert all(torch.equal(a, b) for a, b in zip(state.net.values(), training.net.state_dict().values(), strict=True))
+    assert len(commit.checkpoints(runs[0].folder / store.CHECKPOINTS)) == 2  # nothing else changes
+    assert [step for step, _ in recorded(runs[0])][:2] == [5, 8]
 
 
 class TestResume:

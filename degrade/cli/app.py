@@ -215,13 +215,18 @@ def machine_of(
 
 
 def train_live(
-    study: store.Study, runs: Sequence[store.Run], machine: "Machine", data_dir: Path, seconds: Mapping[str, float]
+    study: store.Study,
+    runs: Sequence[store.Run],
+    machine: "Machine",
+    data_dir: Path,
+    seconds: Mapping[str, float],
+    snapshots: Sequence[int] = (),
 ) -> None:
     """Train the runs, shown live; `seconds` are those that each whole run will take, by run id."""
     from degrade.sweep import sweep
 
     with terminal.SweepView(console, runs, seconds, machine.jobs * machine.pack) as view:
-        for run, event in sweep(study, runs, machine, data_dir):
+        for run, event in sweep(study, runs, machine, data_dir, snapshots=snapshots):
             view.show(run, event)
 
 

@@ -115,6 +115,9 @@ def sweep(
     threads: Annotated[str, typer.Option(help="CPU threads each; auto: the cores shared out.")] = "auto",
     pack: Annotated[str, typer.Option(help="Runs at a time in a process; auto: on a GPU as many as fit.")] = "auto",
     compiled: Annotated[str, typer.Option("--compile", help="on, off, or auto: the long runs.")] = "auto",
+    snapshots: Annotated[
+        str | None, typer.Option(help="Steps whose weights are kept besides, for probes: 400,32000.")
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Resume failed runs too.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
     grid: Annotated[
@@ -186,9 +189,12 @@ def sweep(
         "block": distinct(wanted.pop("blocks", ["plain", "residual"]), "blocks", str),
         "seed": distinct(wanted.pop("seeds", [0]), "seeds", int),
     }
+    kept = numbers(snapshots, "--snapshots") or []
     studies = _studies(wanted, axes)
     for asked in studies:  # bad input is told before torch is imported
-        configs_of(nets, asked.dataset, protocol_fields(asked.protocol, asked.fields))
+        (config, *_) = configs_of(nets, asked.dataset, protocol_fields(asked.protocol, asked.fields))
+        if kept and not 0 <= min(kept) <= max(kept) <= config.steps:
+            raise ValueError(f"--snapshots must be steps from 0 to {config.steps:,}; got {snapshots}")
         study_folder(out, asked.name)
 
     from degrade import sweep as engine
@@ -207,7 +213,7 @@ def sweep(
     _print_plans(plans, seconds)
     if dry_run:
         return
-    _train([plan for plan in plans if plan.todo], data_dir, seconds)
+    _train([plan for plan in plans if plan.todo], data_dir, seconds, kept)
     _print_results([plan._replace(runs=engine.find_runs(plan.study, plan.configs)) for plan in plans], out)
 
 
@@ -341,7 +347,7 @@ def _print_plans(plans: Sequence[Plan], seconds: dict[str, float]) -> None:
         say(f"Too long? --protocol short takes about {terminal.duration(total * short)}")
 
 
-def _train(plans: Sequence[Plan], data_dir: Path | None, seconds: dict[str, float]) -> None:
+def _train(plans: Sequence[Plan], data_dir: Path | None, seconds: dict[str, float], kept: Sequence[int]) -> None:
     """Fetch the data of all studies, and train one after the other, shown live."""
     from degrade import data
 
@@ -351,7 +357,7 @@ def _train(plans: Sequence[Plan], data_dir: Path | None, seconds: dict[str, floa
     for plan in plans:
         if len(plans) > 1:
             say(f"Study {plan.study.folder}")
-        train_live(plan.study, plan.todo, plan.machine, folder, seconds)
+        train_live(plan.study, plan.todo, plan.machine, folder, seconds, kept)
 
 
 def _print_results(plans: Sequence[Plan], out: Path) -> None:
