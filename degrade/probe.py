@@ -184,7 +184,7 @@ def find_parts(study: Study, runs: Sequence[Run], probes: Sequence[str], wish: W
         try:
             if not (wish.at_init or run.status == "done"):
                 raise Failure(f"{run.folder} is not done ({run.status})")
-            nets = [fresh(run.config, no_mean())] if wish.at_init else first_and_last(run, no_mean())
+            nets = [fresh(run.config, no_mean())] if wish.at_init else steps_of(run, no_mean())
         except Failure as error:
             left_out.append(str(error))
             continue
@@ -408,7 +408,7 @@ def records(part: Part, splits: Splits, skip: int) -> Iterator[dict[str, object]
         Failure: its weights are not those that were asked for any more.
     """
     config, asked, mean = part.run.config, part.asked, splits.mean
-    nets = [fresh(config, mean)] if part.init else first_and_last(part.run, mean)
+    nets = [fresh(config, mean)] if part.init else steps_of(part.run, mean)
     nets = [net for net in nets if asked["weights"].get(str(net.step)) == net.sha256]
     if len(nets) < len(asked["weights"]):
         raise Failure(f"{part.run.folder}: its weights have changed since the plan was made")
@@ -496,16 +496,19 @@ def final_weights(run: Run, mean: Tensor) -> Trained:
     return trained
 
 
-def first_and_last(run: Run, mean: Tensor) -> list[Trained]:
-    """The fresh net of a run, unless it starts from another run's weights, and the trained one of its last step.
+def steps_of(run: Run, mean: Tensor) -> list[Trained]:
+    """The nets of a run whose gradients are measured: the fresh one, unless it starts from another run's weights;
+    those at the steps that `degrade sweep --snapshots` was told to keep; and the trained one of its last step.
 
-    None of the checkpoints between: which of them are there depends on how fast the machine was.
+    None of the other checkpoints: which of them are there depends on how fast the machine was.
 
     Raises:
-        Failure: the trained one is not there, or is damaged.
+        Failure: one of them is damaged, or the last one is not there.
     """
     begin = [fresh(run.config, mean)] if run.config.init in INITS else []
-    return [*begin, final_weights(run, mean)]
+    kept = [load_weights(run, mean, path) for path in reversed(commit.checkpoints(run.folder / store.SNAPSHOTS))]
+    last = final_weights(run, mean)
+    return [*begin, *(net for net in kept if net.step < last.step), last]
 
 
 def fresh(config: RunConfig, mean: Tensor) -> Trained:

@@ -17,7 +17,7 @@ from degrade.analysis.landscape import landscape_rows
 from degrade.analysis.lesion import lesion_rows
 from degrade.probe import Landscapes, Wish, choose, find_parts, fresh, probe_parts, with_points
 from degrade.store import Run, Study
-from degrade.train import Training, load_splits
+from degrade.train import Training, load_splits, read_state
 from degrade.weights import recorded
 
 CONFIGS = [micro("plain"), micro("residual")]
@@ -205,6 +205,12 @@ def test_what_is_measured(study, data_dir):
     finish(study, asked(study), data_dir)
     steps = set(pd.read_csv(study.folder / "probes" / "gradients.csv")["step"])
     assert steps == {0, 6}
+    for path in commit.checkpoints(run.folder / store.CHECKPOINTS):  # as a sweep with --snapshots keeps them
+        state = read_state(path.read_bytes())
+        commit.make_folder(run.folder / store.SNAPSHOTS)
+        commit.keep_checkpoint(run.folder / store.SNAPSHOTS, state.step, path.read_bytes(), epochs=len(state.epochs))
+    (part,) = [part for part in asked(study, "gradients") if part.run.folder == run.folder]
+    assert list(part.asked["weights"]) == ["0", "1", "6"]
     log = {run.folder.name: run.epochs[-1] for run in study.runs}
     lesions = pd.read_csv(study.folder / "probes" / "lesion.csv")
     for row in lesions[lesions["deleted"] == 0].itertuples():
