@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from degrade import commit
 from degrade.commit import Held, Holder, create_file, hold, make_folder, write_file
-from degrade.config import SWEPT, RunConfig, matches_protocol, run_id
+from degrade.config import BLOCKS, SWEPT, RunConfig, matches_protocol, run_id
 from degrade.errors import Failure
 from degrade.log import Epoch, from_csv, to_csv
 
@@ -70,11 +70,13 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
     values = {"scratch": None, "finding": ""} | values
     try:
         texts = [values["block"], values["finding"], *(values["source"][name] for name in ("study", "run", "weights"))]
-        numbers = [values["shallow"], values["deep"], values["train"]["deep_error"]]
+        numbers = [values["train"]["deep_error"]]
         if scratch := values["scratch"]:
             texts.append(scratch["run"])
             numbers += [scratch["train_error"], scratch["steps"]]
+        depths = type(values["shallow"]) is type(values["deep"]) is int
         sound = all(isinstance(text, str) for text in texts) and all(isinstance(n, int | float) for n in numbers)
+        sound = sound and depths and values["block"] in BLOCKS
     except (KeyError, TypeError):
         sound = False
     if not sound:

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from degrade import store
-from degrade.cli.app import Results, app, epochs_of, say, tell
+from degrade.cli.app import Results, app, say, tell
+from degrade.errors import Failure
 
 
 @app.command()
@@ -19,7 +20,8 @@ def report(
     Example: degrade report results/
     """
     studies, damaged = store.find_studies(results)
-    epochs_of(results, studies, damaged)  # or an error, where nothing is left
+    if not studies:
+        raise Failure(f"nothing is left to read: {damaged[0]}")
 
     from degrade.report import write_report
 
