@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -404,7 +405,7 @@ def test_a_dry_run_writes_nothing(study, cli, tmp_path):
     result = cli("probe", study.folder, "--dry-run", "--data-dir", tmp_path / "nowhere", "--budget", "1s")
     assert result.exit_code == 0
     assert all(name in result.stdout for name in probe.PROBES)
-    assert "points, and" in result.stdout
+    assert re.search(r" \d+x\d+ ", result.stdout)
     assert "About" in result.stdout
     assert sorted(tmp_path.rglob("*")) == before
 

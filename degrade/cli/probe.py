@@ -71,11 +71,11 @@ def probe(
 ) -> int:
     """Look into trained nets: layer responses, gradients, deleted blocks, the loss around them, BN's statistics.
 
-    Takes the finished runs of every study. The same command again skips what is done and goes on where it stopped.
-    Tables go into probes/ of each study, figures into figures/.
+    Takes the finished runs of every study. The same command again skips what
+    is done. Tables go into probes/ of each study, figures into figures/.
 
-    Gradients are of two steps: 0, the freshly initialised net, and the last. For imported runs, which started
-    elsewhere, step 0 is a fresh net of the same design.
+    Gradients are of the freshly initialised net (of imported runs, one of the
+    same design), of the last step, and of those that sweep --snapshots kept.
 
     Example: degrade probe results/ --probes responses,lesion --depths 20,56
     """
@@ -138,20 +138,20 @@ def _print_plan(parts: Sequence["Part"], needed: Sequence[float], kept: Sequence
     """A line for each probe of each study: how many nets, how many of them are left, on what, and for how long."""
     pairs = sorted(zip(parts, needed, strict=True), key=lambda pair: pair[0].study.name)
     for name, group in groupby(pairs, key=lambda pair: pair[0].study.name):
-        table = terminal.make_table("probe", ">nets", ">to measure", ">images", ">time", "")
+        table = terminal.make_table("probe", ">nets", ">left", ">images", ">points", ">time")
         for probe, some in groupby(group, key=lambda pair: pair[0].probe):
             mine = list(some)
             left = [seconds for _, seconds in mine if seconds]
             begun = sum(bool(part.begun) for part, _ in mine)
             images = sorted({part.asked["images"] for part, _ in mine})
-            points = mine[0][0].asked.get("points")
+            points = sorted({part.asked.get("points", 0) for part, _ in mine} - {0})
             table.add_row(
                 probe,
                 str(len(mine)),
                 f"{len(left)}, {begun} begun" if begun else str(len(left)),
                 " or ".join(f"{number:,}" for number in images),
+                " or ".join(f"{number}x{number}" for number in points),
                 terminal.duration(sum(left)) if left else "-",
-                f"{points} x {points} points, and {2 * points + 1} on a line" if points else "",
             )
         say(f"Study {name}: {'fresh initialisations' if parts[0].init else 'trained nets'}")
         console.print(table)

@@ -186,7 +186,7 @@ def export(
 ) -> None:
     """Write a run's newest weights for others: a state dict, and a JSON file that says what the net is and takes.
 
-    Example: degrade export results/shapes-demo/plain-20-s0-4fd0c9a5 --to plain-20.safetensors
+    Example: degrade export results/shapes-demo/plain-20-s0-f8101586 --to plain-20.safetensors
     """
     there = open_run(run)
     target = to or Path(f"{there.folder.resolve().name}.pt")
@@ -220,10 +220,11 @@ def identity(
 ) -> None:
     """Build a deeper net from a trained one, with identity layers; prove that it is no worse; train on from there.
 
-    The shallow net is trained on in the same way beside it, as the control. Training has left the solution where its
-    training error ends more than half a point above that of the construction.
+    The shallow net is trained on alike beside it, as the control. Training has
+    left the solution where its training error ends more than half a point above
+    that of the construction.
 
-    Example: degrade identity results/cifar10-paper/plain-20-s0-b1f8c9d2 --depth 56 --steps 391
+    Example: degrade identity results/a-martyn/plain-20-s0-35fd8051 --depth 56 --steps 391
     """
     if steps < 0:
         raise ValueError(f"--steps must be at least 0; got {steps}")
