@@ -11,7 +11,20 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from degrade import store, terminal
-from degrade.cli.app import Results, app, console, count, distinct, machine_of, names, numbers, say, say_paths, tell
+from degrade.cli.app import (
+    DataDir,
+    Results,
+    app,
+    console,
+    count,
+    distinct,
+    machine_of,
+    names,
+    numbers,
+    say,
+    say_paths,
+    tell,
+)
 from degrade.config import RunConfig
 from degrade.errors import Failure
 from degrade.stopping import stopping
@@ -58,9 +71,7 @@ def probe(
             show_default="25, or what fits the budget on 100 images",
         ),
     ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Where the data are.", show_default="$DEGRADE_DATA, else ~/.cache/degrade")
-    ] = None,
+    data_dir: DataDir = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     threads: Annotated[str, typer.Option(help="CPU threads; auto: all cores.")] = "auto",
     formats: Annotated[str, typer.Option(help="Any of png, svg, pdf.")] = "png,svg,pdf",

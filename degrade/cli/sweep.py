@@ -12,6 +12,7 @@ import typer
 
 from degrade import store, terminal
 from degrade.cli.app import (
+    DataDir,
     app,
     channels,
     check_precision,
@@ -107,9 +108,7 @@ def sweep(
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder of results.")] = Path("results"),
     study: Annotated[str | None, typer.Option(help="Its folder there.", show_default="from what is asked for")] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Where the data are.", show_default="$DEGRADE_DATA, else ~/.cache/degrade")
-    ] = None,
+    data_dir: DataDir = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     jobs: Annotated[str, typer.Option(help="Processes; auto: one a core, or one a GPU.")] = "auto",
     threads: Annotated[str, typer.Option(help="CPU threads each; auto: the cores shared out.")] = "auto",
