@@ -9,6 +9,7 @@ import degrade
 from degrade import plots, store
 from degrade.cli import app
 from degrade.config import PROTOCOLS, RunConfig
+from degrade.report import write_report
 
 ROOT = Path(__file__).parent.parent
 TEXT = README.read_text()
@@ -63,8 +64,8 @@ STUDIES = sorted((ROOT / "results").glob("*/study.json"))
 class TestReferenceResults:
     def test_every_run_is_done_and_named_by_its_configuration(self, path):
         study = store.Study.open(path.parent)
-        counts = {"a-martyn": 8} | dict.fromkeys(("shapes-demo", "cifar10-demo"), 12)
-        assert [run.status for run in study.runs] == ["done"] * counts.get(path.parent.name, 1)
+        counts = {"a-martyn": 8, "shapes-demo": 12, "cifar10-demo": 12}  # a construction and its control: 2
+        assert [run.status for run in study.runs] == ["done"] * counts.get(path.parent.name, 2)
         assert path.parent.name in TEXT
 
     def test_its_figures_are_of_its_logs(self, path, tmp_path):
@@ -83,6 +84,16 @@ class TestReferenceResults:
     def test_nothing_in_it_names_a_machine(self, path):
         for file in [*path.parent.rglob("*.json"), *path.parent.rglob("*.csv"), *path.parent.rglob("*.svg")]:
             assert not re.search(r"/(home|root|Users|tmp|work)/", file.read_text()), file
+
+
+def test_the_report_is_of_the_results(tmp_path):
+    """Its numbers, in the Markdown twin; the page has the same ones, and figures whose last digits may differ."""
+    studies, damaged = store.find_studies(ROOT / "results")
+    write_report(studies, damaged, tmp_path)
+    there, now = ((folder / "report.md").read_text() for folder in (ROOT / "results", tmp_path))
+    links = re.compile(r"\]\([^)]*\)")  # relative to where it is
+    assert links.sub("]", there) == links.sub("]", now), "run make figures"
+    assert not re.search(r"/(home|root|Users|tmp|work)/", (ROOT / "results" / "report.html").read_text())
 
 
 def test_make_help_lists_every_target():
