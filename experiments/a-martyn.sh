@@ -8,7 +8,7 @@
 # Source:    their logs; He et al. 2015, sections 1 and 4.2, for the construction and the responses; Veit et al. 2016
 #            (arXiv:1605.06431), Balduzzi et al. 2017 (arXiv:1702.08591), Li et al. 2018 (arXiv:1712.09913)
 # Measured:  see results/a-martyn
-# Hardware:  2 CPU cores, about 75 minutes; genuine CIFAR-10
+# Hardware:  2 CPU cores, about an hour and a half; genuine CIFAR-10
 set -eu
 weights=$1 results=$2
 
