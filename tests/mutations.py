@@ -396,7 +396,7 @@ MUTATIONS = [
         "degrade/probe.py",
         'len(nets) < len(asked["weights"])',
         "False",
-        "tests/test_probe.py",
+        "tests/test_probe.py::test_weights_that_change_after_the_plan_was_made_are_not_measured_for_the_others",
     ),
     Mutation(
         "15",

@@ -16,6 +16,7 @@ from conftest import micro
 from degrade import commit, probe, probe_plots, store, sweep
 from degrade.analysis.landscape import landscape_rows
 from degrade.analysis.lesion import lesion_rows
+from degrade.errors import Failure
 from degrade.probe import Landscapes, Wish, choose, find_parts, fresh, probe_parts, with_points
 from degrade.store import Run, Study
 from degrade.train import Training, load_splits, read_state
@@ -188,6 +189,21 @@ def test_a_damaged_table_stops_no_other_figure(study, data_dir, cli, tmp_path, d
     assert result.exit_code == 1
     assert result.stderr.startswith(f"degrade: left out: {table} is not a table")
     assert (study.folder / "figures" / "responses.svg").exists()
+
+
+def test_weights_that_change_after_the_plan_was_made_are_not_measured_for_the_others(study, data_dir):
+    parts = asked(study, "responses")
+    run = parts[0].run
+    (last, *_) = commit.checkpoints(run.folder / store.CHECKPOINTS)
+    training = Training(run.config, load_splits(run.config, data_dir, "cpu"))
+    training.restore(last.read_bytes())
+    with torch.no_grad():
+        training.net.linear.bias += 1
+    last.unlink()
+    commit.write_checkpoint(last.parent, training.step, training.state(), epochs=len(training.epochs))
+    with pytest.raises(Failure, match="its weights have changed since the plan was made"):
+        finish(study, parts, data_dir)
+    assert not (study.folder / "probes" / "responses.csv").exists()
 
 
 def test_figures_are_sought_of_all_probes():
