@@ -83,8 +83,7 @@ class TestSweep:
         result = sweep("--grid", "steps=24,72", "--dry-run")
         assert smoke(steps=72, milestones=(36, 54)).run_id in result.stdout
 
-    def test_a_grid_over_data_sets(self, cli, sweep, tmp_path):
-        result = cli("sweep", "--depths", "8", "--blocks", "plain", "--protocol", "smoke", "--device", "cpu")
+    def test_a_grid_over_data_sets(self, cli, tmp_path):
         spec = tmp_path / "spec.toml"
         spec.write_text(
             'depths = [8]\nblocks = ["plain"]\nprotocol = "smoke"\ngrid = {dataset = ["shapes", "cifar10"]}'
