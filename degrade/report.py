@@ -5,6 +5,7 @@ hostile: the templates escape every value, and pictures are shown as pictures, i
 """
 
 import base64
+import contextlib
 import hashlib
 import io
 import itertools
@@ -16,6 +17,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
@@ -53,7 +55,8 @@ HTML, MARKDOWN = "report.html", "report.md"
 FRAMES = 200  # of the film of one study, at most
 LARGEST = 1_000_000  # bytes of one picture; the page holds them all
 WIDTH = 200  # characters of a value that comes from a file
-TIMED = re.compile(r"(\d+),\d+,(\d+\.\d+),([-:TZ\d]+)")  # a row of timing.csv
+TIMED = re.compile(r"\d+,\d+,(\d{1,9}\.\d+),([-:T\d]+Z)")  # a row of timing.csv
+SLACK = timedelta(seconds=2)  # between two epochs, since timing.csv has whole seconds
 
 
 class Reading(NamedTuple):
@@ -203,10 +206,10 @@ def write_report(studies: Sequence[Study], damaged: Sequence[str], out: Path) ->
         raise ValueError("there is no epoch to report yet; degrade show tells how far the runs are")
     sections = [_section(study, epochs, f"study-{i}", out) for i, study in enumerate(studies, start=1)]
     grids = [_side_by_side(name, grid, studies, epochs, out) for name, grid in grids_of(studies).items()]
-    ended = max((end for study in studies for run in study.runs for end in _timing(run)[1]), default="")
+    ended = max((end for study in studies for run in study.runs for _, end in _timing(run)), default=None)
     values = {
         "version": degrade.__version__,
-        "date": ended.partition("T")[0],
+        "date": f"{ended:%Y-%m-%d}" if ended else "",
         "sections": sections,
         "grids": [grid for grid in grids if grid],
         "damaged": [_plain(line, 1000) for line in damaged],
@@ -279,6 +282,8 @@ def _section(study: Study, epochs: "pd.DataFrame", anchor: str, out: Path) -> Se
         section.film = film(rows)
     if study.shared["dataset"] == "cifar10" and not went_on and (literature := _literature(study)):
         section.tables["literature"] = literature
+    if section.comparable and len(final) and (among := among_the_published(final)):
+        section.tables["among"] = among
     imported, problems = _imported(study)
     section.tables["departures"] = Table(
         "Where it departs from the published protocol, and what it does where that leaves a choice open",
@@ -467,6 +472,47 @@ def _literature(study: Study) -> Table | None:
     return Table(caption, ("net", *(f">{name}" for name in columns)), rows) if rows else None
 
 
+def among_the_published(final: "pd.DataFrame") -> Table | None:
+    """Mean final errors beside the lowest and highest that were published of each net; None where none was.
+
+    Args:
+        final: finished runs of the paper's protocol, as `verdict.finished` gives them.
+    """
+    rows = []
+    for block, depth in _in_order(final):
+        runs = final[(final["block"] == block) & (final["depth"] == depth)]
+        spans = paper.spread(block, depth)
+        means = [float(runs[measure].mean()) for measure in ("train_error", "test_error")]
+        if any(spans):
+            pairs = list(zip(means, spans, strict=True))
+            rows.append(
+                (
+                    f"{block}-{depth}",
+                    f"{len(runs)}",
+                    " / ".join(_bare(mean) for mean in means),
+                    " / ".join(span_text(span) for span in spans),
+                    " / ".join(_place(mean, span) for mean, span in pairs),
+                )
+            )
+    caption = "Beside the lowest and highest published: training / test error in %"
+    return Table(caption, ("net", ">seeds", ">here", ">published", ">here is"), rows) if rows else None
+
+
+def span_text(span: tuple[float, float] | None) -> str:
+    """`6.97 to 9.18`, in percent."""
+    return "-" if span is None else " to ".join(dict.fromkeys(_bare(error) for error in span))
+
+
+def _place(error: float, span: tuple[float, float] | None) -> str:
+    """Where an error lies: `among them`, `0.12 above`, in points of what a table shows."""
+    if span is None:
+        return "-"
+    here, low, high = (round(100 * value, 2) for value in (error, *span))
+    if low <= here <= high:
+        return "among them"
+    return f"{low - here:.2f} below" if here < low else f"{here - high:.2f} above"
+
+
 def _bare(error: float | None) -> str:
     return "-" if error is None else f"{100 * error:.2f}"
 
@@ -616,25 +662,49 @@ def _environments(study: Study) -> tuple[Table, list[str]]:
                 told = ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in change.items() if k != "step")
                 notes.append(f"{run.folder.name} went on from step {_plain(change.get('step'))} with {told}")
     rows = [(name, value, str(count)) for name, values in found.items() for value, count in sorted(values.items())]
-    timings = [_timing(run) for run in study.runs]
-    ends = sorted(end for _, ended in timings for end in ended)
-    taken = [seconds for seconds, ended in timings if ended]
-    if taken:
-        days = sorted({ends[0].partition("T")[0], ends[-1].partition("T")[0]})
-        rows.append(("trained on (UTC)", " to ".join(days), str(len(taken))))
-        each = f"{duration(min(taken))} to {duration(max(taken))} a run, {duration(sum(taken))} summed over runs"
-        rows.append(("training time", each if len(taken) > 1 else duration(taken[0]), str(len(taken))))
+    rows += _times(study)
     return Table("How it was made", ("what", "value", ">runs"), rows), notes
 
 
-def _timing(run: Run) -> tuple[float, list[str]]:
-    """Seconds in all, and when each epoch ended (UTC); what is damaged of timing.csv counts for nothing."""
+def _times(study: Study) -> list[tuple[str, str, str]]:
+    """When the runs were trained, for how long each, and for how long in all, whatever ran side by side."""
+    timings = [timing for run in study.runs if (timing := _timing(run))]
+    if not timings:
+        return []
+    count = str(len(timings))
+    days = dict.fromkeys(f"{edge(end for own in timings for _, end in own):%Y-%m-%d}" for edge in (min, max))
+    taken = [sum((end - start).total_seconds() for start, end in own) for own in timings]
+    each = f"{duration(min(taken))} to {duration(max(taken))} a run, {duration(sum(taken))} summed over runs"
+    return [
+        ("trained on (UTC)", " to ".join(days), count),
+        ("training time", each if len(taken) > 1 else duration(taken[0]), count),
+        ("wall time", duration(wall_time(study)), count),
+    ]
+
+
+def wall_time(study: Study) -> float:
+    """Seconds during which at least one run of the study was trained: start-up and evaluation count, breaks do not."""
+    spans = sorted(span for run in study.runs for span in _timing(run))
+    seconds, until = 0.0, datetime.min.replace(tzinfo=UTC)
+    for start, end in spans:
+        start = until if until < start <= until + SLACK else start
+        seconds += max((end - max(start, until)).total_seconds(), 0)
+        until = max(until, end)
+    return seconds
+
+
+def _timing(run: Run) -> list[tuple[datetime, datetime]]:
+    """When each epoch began and ended; what is damaged of timing.csv counts for nothing."""
     try:
         lines = (run.folder / store.TIMING).read_text(errors="replace").splitlines()
     except OSError:
-        return 0.0, []
-    matches = [match for line in lines if (match := TIMED.fullmatch(line))]
-    return sum(float(match[2]) for match in matches), [match[3] for match in matches]
+        return []
+    spans = []
+    for match in filter(None, map(TIMED.fullmatch, lines)):
+        with contextlib.suppress(ValueError, OverflowError):  # a day that there is not
+            end = datetime.fromisoformat(match[2])
+            spans.append((end - timedelta(seconds=float(match[1])), end))
+    return spans
 
 
 def _runs(study: Study) -> Table:

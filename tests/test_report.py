@@ -126,7 +126,9 @@ def unescaped(text):
 def test_the_twin_has_the_pages_tables(page, twin):
     of_page = [table for table in Reader(page).tables if table != [["nets"]]]  # the film's, which the script fills in
     assert of_page == tables_of(twin)
-    assert len(of_page) == 4 + 6 + 1  # literature beside cifar10; environment, departures, runs, numbers, verdict
+    assert (
+        len(of_page) == 4 + 6 + 1 + 1
+    )  # literature, and a place in it, beside cifar10; environment, departures, runs, numbers, verdict
 
 
 def test_the_numbers_are_those_of_the_frame(page, results):
@@ -689,3 +691,63 @@ for (const element of document.querySelectorAll("body *:not(script):not(style):n
 }
 return [luminance(behind(document.body)), worst];
 """
+
+
+def timed(folder, *rows):
+    """A study of one run whose timing.csv has these rows: (seconds, when it ended)."""
+    run = write_run(folder, smoke(seed=len(list(folder.glob("*/config.json")))), [(0.5, 0.5)])
+    lines = [f"{i},{i},{seconds},{ended}\n" for i, (seconds, ended) in enumerate(rows)]
+    (run.folder / store.TIMING).write_text("epoch,step,seconds,ended\n" + "".join(lines))
+    return store.Study.open(folder)
+
+
+def test_the_wall_time_counts_what_ran_side_by_side_once_and_breaks_not_at_all(tmp_path):
+    day = "2026-01-02T03:"
+    timed(tmp_path, ("60.000", f"{day}01:00Z"), ("59.500", f"{day}02:00Z"))  # from 3:00:00, and no break
+    study = timed(tmp_path, ("30.000", f"{day}01:30Z"), ("30.000", f"{day}10:00Z"))  # within; then after a break
+    assert report.wall_time(study) == pytest.approx(150)
+    times = dict(row[:2] for row in report._times(study))
+    assert times == {
+        "trained on (UTC)": "2026-01-02",
+        "training time": "60 s to 2 min a run, 3 min summed over runs",
+        "wall time": "2 min",
+    }
+
+
+@pytest.mark.parametrize("row", [("1.000", "2026-13-45T99:00:00Z"), ("999999999.9", "0001-01-01T00:00:00Z"), ("x", "")])
+def test_a_damaged_timing_counts_for_nothing(tmp_path, row):
+    study = timed(tmp_path, row)
+    assert report.wall_time(study) == 0
+    assert report._times(study) == []
+
+
+def test_a_comparable_study_stands_among_the_published(written, page, tmp_path):
+    """Of the paper's protocol alone: 30.5 % is far above whatever was published of ResNet-20."""
+    text = "Beside the lowest and highest published"
+    rows = next(table for table in tables_of(written[1].read_text()) if "here is" in table[0])
+    assert text in page
+    assert rows[3] == [
+        "residual-20",
+        "2",
+        "30.50 / 32.50",
+        "0.40 to 1.13 / 8.04 to 9.18",
+        "29.37 above / 23.32 above",
+    ]
+    narrow = make_study(tmp_path / "narrow", depths=(20,), make=lambda *net, **_: RunConfig(**swept(*net), width=8))
+    for path in report.write_report([store.Study.open(narrow)], [], tmp_path):
+        assert text not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (0.0804, "among them"),
+        (0.08045, "among them"),
+        (0.0918, "among them"),
+        (0.08, "0.04 below"),
+        (0.1, "0.82 above"),
+    ],
+)
+def test_where_an_error_lies(error, where):
+    assert report._place(error, (0.0804, 0.0918)) == where
+    assert report._place(error, None) == "-"
