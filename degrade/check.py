@@ -183,7 +183,7 @@ def _run(folder: Path, shared: dict[str, Any] | None) -> Iterator[Finding]:
         if shared and (of := RunConfig.from_dict(config.as_dict() | shared).shared()) != config.shared():
             yield Finding(folder / store.CONFIG, f"is of another study: {store.difference(of, config)}")
         yield from _log(folder, config, state)
-    yield from _imported(folder)
+    yield from _weights(folder)
     yield from _environment(folder)
     yield from _timing(folder)
 
@@ -268,19 +268,21 @@ def _problem(log: bytes, config: RunConfig, state: State | None, *, gaps: bool) 
     return ""
 
 
-def _imported(folder: Path) -> Iterator[Finding]:
-    """Of weights that are there; they stay out of git, and may be missing."""
-    path = folder / store.IMPORTED
+def _weights(folder: Path) -> Iterator[Finding]:
+    """Of weights.pt, if it is there; what is imported stays out of git, and may be missing."""
+    path = folder / store.WEIGHTS
+    record = next((p for p in (folder / store.IMPORTED, path.with_name(f"{path.name}.json")) if p.exists()), path)
     try:
-        expected = store.read_json(path).get("weights")
-        found = hashlib.sha256((folder / store.WEIGHTS).read_bytes()).hexdigest()
+        expected = store.weights_sha256(folder)
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
     except FileNotFoundError:
         return
     except (Failure, OSError) as error:
-        yield Finding(path, _reason(error, path))
+        yield Finding(record, _reason(error, record))
     else:
         if found != expected:
-            yield Finding(folder / store.WEIGHTS, "is not what was imported; import it again")
+            how = "imported; import it" if record.name == store.IMPORTED else "exported; export it"
+            yield Finding(path, f"is not what was {how} again")
 
 
 def _environment(folder: Path) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ results/<study>/<run id>/config.json        the whole configuration
                          checkpoints/       the commit points
                          snapshots/         the weights at steps that were asked for
                          imported.json      where an imported run's weights come from, and what they measure here
-                         weights.pt         of an imported run
+                         weights.pt         of an imported run, or what degrade export has put there, with a .json
                          error.txt          the traceback of a failed run
                          lock               held while the run trains
 """
@@ -54,6 +54,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise Failure(f"{path} is not a JSON object")
     return values
+
+
+def weights_sha256(folder: Path) -> str | None:
+    """What the SHA-256 of a run's weights.pt must be, as `degrade import` or `degrade export` recorded it.
+
+    Raises:
+        Failure: the record is damaged.
+    """
+    for name, key in ((IMPORTED, "weights"), (f"{WEIGHTS}.json", "sha256")):
+        if (folder / name).exists():
+            return read_json(folder / name).get(key)
+    return None
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:

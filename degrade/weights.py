@@ -39,12 +39,15 @@ class Trained(NamedTuple):
 
 
 def recorded(run: Run) -> list[tuple[int, Path]]:
-    """The files with weights of this run, each with its step, the oldest first; none where there are none."""
+    """The files with weights of this run, each with its step, the oldest first; none where there are none.
+
+    Of one step's the last is the checkpoint: weights.pt may be rounded.
+    """
     paths = [path for part in (store.SNAPSHOTS, store.CHECKPOINTS) for path in commit.checkpoints(run.folder / part)]
-    found = [(int(path.name.partition("-")[0]), path) for path in paths]
+    found = sorted((int(path.name.partition("-")[0]), path) for path in paths)
     if (run.folder / store.WEIGHTS).exists():
         found.append((run.config.steps, run.folder / store.WEIGHTS))
-    return sorted(found)
+    return sorted(found, key=lambda item: (item[0], item[1].name != store.WEIGHTS))
 
 
 def load_weights(run: Run, mean: Tensor, path: Path | None = None) -> Trained:
@@ -77,8 +80,9 @@ def _load(run: Run, mean: Tensor, path: Path) -> Trained:
     if path.name == store.WEIGHTS:
         data = path.read_bytes()
         tensors, step, sha256 = read_tensors(data), run.config.steps, hashlib.sha256(data).hexdigest()
-        if run.imported and run.imported.get("weights") != sha256:
-            raise ValueError("its bytes are not those that were imported; import them again")
+        if sha256 != store.weights_sha256(run.folder):
+            how = "imported; import them again" if run.imported else "exported; export them again"
+            raise ValueError(f"its bytes are not those that were {how}")
     else:
         state = read_state(commit.read_checkpoint(path))
         if state.config != run.config:
@@ -137,16 +141,25 @@ def read_tensors(data: bytes) -> Any:
         raise ValueError(f"it is not a file of weights ({reason})") from None
 
 
-def export_weights(trained: Trained, run: Run, target: Path) -> list[Path]:
+def export_weights(trained: Trained, run: Run, target: Path, *, half: bool = False) -> list[Path]:
     """Write the net's state dict to `target`, and beside it `<target>.json`: what the net is, and what it takes.
+
+    As weights.pt in the folder of the run itself they stand in for its checkpoints, where these are left out of what
+    is published.
+
+    Args:
+        half: rounded to float16, half the size; the errors told are those of the weights before that.
 
     Returns:
         The two files.
 
     Raises:
-        Failure: one of them is there already, or safetensors is wanted and not installed.
+        Failure: one of them is there already, or safetensors is wanted and not installed, or float16 cannot hold them.
     """
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in trained.net.state_dict().items()}
+    dtype = torch.float16 if half else torch.float32
+    tensors = {name: tensor.cpu().to(dtype).contiguous() for name, tensor in trained.net.state_dict().items()}
+    if half and not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise Failure(f"{run.folder}: half precision cannot hold its weights; export them without --half")
     measured = next((epoch for epoch in run.epochs if epoch.step == trained.step), None)
     about = {
         "run": run.folder.resolve().name,
@@ -155,6 +168,7 @@ def export_weights(trained: Trained, run: Run, target: Path) -> list[Path]:
         "train_error": measured and measured.train_error,
         "test_error": measured and measured.test_error,
         "imported": run.imported,
+        "dtype": str(dtype).removeprefix("torch."),
         "input": "RGB images, pixels / 255 - mean",
         "mean": trained.mean.tolist(),
     }
@@ -172,6 +186,7 @@ def export_weights(trained: Trained, run: Run, target: Path) -> list[Path]:
     for path in (target, beside):
         if path.exists():
             raise Failure(f"{path} is there already, and stays as it is")
+    about["sha256"] = hashlib.sha256(data).hexdigest()
     commit.write_file(beside, (json.dumps(about) + "\n").encode())
     commit.write_file(target, data)
     return [target, beside]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ import degrade
 from degrade import store
 from degrade.config import RunConfig
 from degrade.data import load
+from degrade.errors import Failure
 from degrade.evaluate import evaluate
 from degrade.nets import PadShortcut, cifar_net
 from degrade.published import epoch_of, fit, layers, read_log, state_dict
-from degrade.weights import load_weights, read_tensors, recorded
+from degrade.weights import export_weights, load_weights, read_tensors, recorded
 
 ONES = (1.0, 1.0, 1.0)
 
@@ -401,6 +403,44 @@ class TestCommands:
         assert again.exit_code == 1
         assert "is there already, and stays as it is" in again.stderr
         assert cli("export", trained.folder, "--to", "net.pt").stderr.count("net.pt is there already") == 1
+
+    def test_a_run_published_with_half_its_weights_can_be_probed_and_built_upon(self, trained, cli, data_dir):
+        """weights.pt in the run's folder stands in for its checkpoints, which win as long as they are there."""
+        weights = trained.folder / "weights.pt"
+        assert cli("export", trained.folder, "--half", "--to", weights).exit_code == 0
+        full = sum(path.stat().st_size for path in trained.folder.glob("checkpoints/*")) / 2
+        assert weights.stat().st_size < 0.6 * full  # two checkpoints, with momentum
+        mean = load("shapes", train_images=256, test_images=128, data_dir=data_dir).mean
+        exact = load_weights(trained, mean)
+        shutil.rmtree(trained.folder / "checkpoints")
+        assert json.loads(Path(f"{weights}.json").read_text())["dtype"] == "float16"
+        rounded = load_weights(trained, mean)
+        assert rounded.step == exact.step
+        assert rounded.sha256 != exact.sha256
+        pairs = zip(exact.net.state_dict().values(), rounded.net.state_dict().values(), strict=True)
+        for before, after in pairs:
+            assert after.dtype == torch.float32
+            torch.testing.assert_close(after, before, rtol=2**-11, atol=1e-7)
+        assert cli("check").stdout.count("nothing wrong") == 1
+        assert cli("probe", "--probes", "lesion,bn", "--images", "32").exit_code == 0
+        assert cli("identity", trained.folder, "--depth", "14").exit_code == 0
+        assert cli("import", weights, *IMPORT, "--study", "again").exit_code == 0
+
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+        told = cli("check", "results/shapes-smoke")
+        assert told.exit_code == 1
+        assert "weights.pt\n  is not what was exported; export it again" in told.stdout
+        told = cli("identity", trained.folder, "--depth", "20")
+        assert told.exit_code == 1
+        assert "its bytes are not those that were exported; export them again" in told.stderr
+
+    def test_weights_that_half_precision_cannot_hold_are_not_written(self, trained, cli, data_dir):
+        mean = load("shapes", train_images=256, test_images=128, data_dir=data_dir).mean
+        net = load_weights(trained, mean)
+        net.net.state_dict()["linear.weight"][0] = 1e6
+        with pytest.raises(Failure, match="half precision cannot hold"):
+            export_weights(net, trained, Path("net.pt"), half=True)
+        assert not Path("net.pt").exists()
 
     def test_an_imported_run_is_marked_everywhere_and_never_mixed(self, trained, cli):
         cli("export", trained.folder, "--to", "net.pt")

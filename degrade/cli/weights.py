@@ -182,9 +182,12 @@ def export(
     to: Annotated[
         Path | None, typer.Option(help="A file, .pt or .safetensors.", show_default="<run id>.pt, here")
     ] = None,
+    half: Annotated[bool, typer.Option("--half", help="Rounded to float16: half the size.")] = False,
     data_dir: DataDir = None,
 ) -> None:
     """Write a run's newest weights for others: a state dict, and a JSON file that says what the net is and takes.
+
+    With --half --to RUN/weights.pt a run can be published without its checkpoints, and still be probed.
 
     Example: degrade export results/shapes-demo/plain-20-s0-f8101586 --to plain-20.safetensors
     """
@@ -200,7 +203,7 @@ def export(
     where = data_dir or images.default_data_dir()
     images.fetch(there.config.dataset, where)
     trained = load_weights(there, load_splits(there.config, where, "cpu").mean)
-    for path in export_weights(trained, there, target):
+    for path in export_weights(trained, there, target, half=half):
         say(str(path))
 
 
