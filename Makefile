@@ -5,7 +5,7 @@ READY := .venv/.ready
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint typecheck figures bench soak mutations wheel clean
+.PHONY: help demo test lint typecheck figures tables bench soak mutations wheel clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,10 +33,12 @@ lint: $(READY)  ## Style, and the direction of imports
 typecheck: $(READY)  ## Types
 	$(BIN)/mypy
 
-figures: $(READY)  ## Redraw the figures of the reference results, the README's table and the report
+figures: $(READY)  ## Redraw the figures of the reference results, and their report
 	$(BIN)/degrade plot results
-	$(BIN)/python tests/readme.py
 	$(BIN)/degrade report results
+
+tables: $(READY)  ## Write the numbers of README.md and docs/ anew, from results/
+	$(BIN)/python docs/tables.py
 
 bench: $(READY)  ## The engine beside the public loop on this machine (needs DEGRADE_DATA)
 	$(BIN)/python benchmarks/compare.py

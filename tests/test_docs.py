@@ -1,31 +1,141 @@
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from readme import README, renewed
+import typer
 
 import degrade
 from degrade import plots, store
 from degrade.cli import app
-from degrade.config import PROTOCOLS, RunConfig
+from degrade.log import COLUMNS
 from degrade.report import write_report
+from degrade.terminal import STYLES
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+
+import tables  # noqa: E402  what `make tables` runs
+
+README = ROOT / "README.md"
 TEXT = README.read_text()
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in tables.PAGES}
+BLOCKS = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 
 
-def test_the_readmes_numbers_come_out_of_the_results():
-    assert renewed(TEXT) == TEXT, "run make figures"
-    for data in ("cifar10", "shapes"):
-        assert f"| {data} | plain | 56 v 20 | 3 |" in TEXT
+def blocks(text, language):
+    """The code of a page."""
+    return [code for name, code in BLOCKS.findall(text) if name == language]
 
 
-def test_the_readmes_python_runs(data_dir, monkeypatch, capsys):
+@pytest.mark.parametrize("page", PAGES)
+def test_the_numbers_come_out_of_the_results(page):
+    assert tables.renewed(PAGES[page]) == PAGES[page], "run make tables"
+
+
+def test_every_place_is_on_a_page():
+    places = [place[1] for text in PAGES.values() for place in tables.PLACE.finditer(text)]
+    assert set(places) == set(tables.PLACES)
+    for text in PAGES.values():
+        assert text.count("written by make tables") == len(tables.PLACE.findall(text))
+
+
+def test_a_number_that_is_changed_by_hand_is_noticed():
+    changed = re.sub(r"\+\d+\.\d\d", "+99.99", TEXT, count=1)
+    assert changed != TEXT
+    assert tables.renewed(changed) == TEXT
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+def test_no_measured_number_is_written_by_hand(page):
+    """What is left outside the written places is of the protocols, the paper, the promises and the installation."""
+    prose = tables.PLACE.sub("", PAGES[page])
+    found = re.findall(r"\d+(?:[.,]\d+)*\s?(?:%|points|ms|minutes?|seconds?|hours?|days?|GB|x|times)", prose)
+    allowed = {
+        "README.md": {"6 GB", "90 minutes", "10 seconds", "5 seconds"},
+        "docs/tutorial.md": {"6 GB", "90 minutes", "10 minutes", "30 minutes", "40 minutes", "55 minutes"}
+        | {"70 minutes", "85 minutes"},
+    }
+    assert {" ".join(words.split()) for words in found} <= allowed[page]
+
+
+def test_the_page_of_commands_is_that_of_the_program():
+    assert (ROOT / "docs" / "commands.md").read_text() == tables.commands_page(), "run make tables"
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
+def test_its_python_runs(page, data_dir, monkeypatch, capsys):
     monkeypatch.setenv("DEGRADE_DATA", str(data_dir))
-    (example,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
+    (example,) = blocks(PAGES[page], "python")
+    exec(compile(example, page, "exec"), {})
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["1", "2", "3"]
+
+
+def commands(code):
+    """The command lines of degrade in shell code, as lists of words."""
+    lines = [line for line in code.replace("\\\n", " ").splitlines() if line.startswith("degrade ")]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+EXPERIMENTS = {path.name: path.read_text() for path in sorted((ROOT / "experiments").glob("*.toml"))}
+SHOWN = [
+    *(words for text in PAGES.values() for code in blocks(text, "sh") for words in commands(code)),
+    *(shlex.split(line)[1:] for text in PAGES.values() for line in re.findall(r"`(degrade [a-z]+ [^`.]*)`", text)),
+    *(
+        words
+        for text in EXPERIMENTS.values()
+        for line in re.findall(r"^# Command: +(.*)$", text, re.MULTILINE)
+        for words in commands(line.replace("; ", "\n"))
+    ),
+]
+
+
+@pytest.mark.parametrize("words", SHOWN, ids=" ".join)
+def test_every_command_that_is_shown_can_be_given(words):
+    group = typer.main.get_command(app)
+    name, command, rest = group.resolve_command(group.make_context("degrade", [], resilient_parsing=True), list(words))
+    command.make_context(name, rest)
+    for word in words:
+        if word.startswith("experiments/"):
+            assert (ROOT / word).is_file()
+
+
+def test_the_tutorial_can_be_walked(data_dir, tmp_path):
+    """All of its commands, from top to bottom, with the protocol that takes seconds."""
+    code = "\n".join(blocks(PAGES["docs/tutorial.md"], "sh"))
+    assert code.count("degrade ") >= 9
+    quick = code.replace("demo", "smoke").replace("--steps 250", "--steps 2")
+    assert quick.count("smoke") == code.count("demo") >= 3
+    program = f'degrade() {{ "{sys.executable}" -m degrade "$@"; }}; python() {{ "{sys.executable}" "$@"; }}\n'
+    paths = {"PYTHONPATH": str(ROOT), "DEGRADE_DATA": str(data_dir), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        ["bash", "-euc", program + quick], cwd=tmp_path, env=paths, capture_output=True, text=True, timeout=900
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    counts = dict(re.findall(r"^((?:plain|residual) \d+) (\d+)$", run.stdout, re.MULTILINE))
+    assert counts["plain 56"] == counts["residual 56"] == "853018"
+    assert int(counts["plain 56"]) > 3 * int(counts["plain 20"])  # as it says
+    figures = {path.name for path in (tmp_path / "class/shapes-smoke/figures").iterdir()}
+    for figure in re.findall(r"`(?:class/shapes-demo/figures/)?([a-z-]+\.png)`", PAGES["docs/tutorial.md"]):
+        assert figure in figures, figure
+    assert (tmp_path / "class" / "report.html").exists()
+
+
+def anchors(text):
+    """Of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", BLOCKS.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "docs/commands.md", "results/a-martyn/README.md", "benchmarks/RESULTS.md"])
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", (ROOT / page).read_text()):
+        path, _, anchor = target.partition("#")
+        there = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there.read_text()), target
 
 
 def test_every_command_is_in_the_readme():
@@ -33,20 +143,10 @@ def test_every_command_is_in_the_readme():
         assert f"`degrade {command.name or command.callback.__name__}" in TEXT
 
 
-def test_every_file_the_readme_shows_is_there():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", TEXT):
-        assert (ROOT / target).exists(), target
-
-
-def test_the_table_of_protocols_is_that_of_the_code():
-    section = TEXT.partition("## Protocols")[2]
-    for name, fields in PROTOCOLS.items():
-        config = RunConfig(block="plain", depth=20, seed=0, **fields)
-        row = re.search(rf"^\| `{name}`.*$", section, re.MULTILINE)[0].split("|")
-        cells = [cell.strip() for cell in row[2:-1]]
-        assert cells[:4] == [f"{config.steps:,}", str(config.batch_size), str(config.lr), str(config.width)]
-        counts = [f"{n:,}" for n in (config.train_images, config.test_images) if n] or ["all"]
-        assert all(count in cells[4] for count in counts)
+def test_the_reference_names_every_column_and_status():
+    text = PAGES["docs/reference.md"]
+    for name in (*COLUMNS, *STYLES, "missing"):
+        assert f"`{name}`" in text, name
 
 
 def test_every_room_is_in_the_architecture_section():

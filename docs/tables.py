@@ -1,0 +1,164 @@
+"""What README.md and the pages beside this file take from results/ and from the program: `make tables` renews it.
+
+A page marks its place by `<!-- NAME: written by make tables -->` and `<!-- /NAME -->`. commands.md is written whole.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pandas as pd
+
+import degrade
+from degrade import paper, report, store
+from degrade.analysis.verdict import finished, from_trained, verdicts
+from degrade.config import PROTOCOLS, RunConfig
+from degrade.terminal import duration, interval_text
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("[!c]*.md"))]  # all but commands.md
+PLACE = re.compile(r"<!-- ([a-z0-9-]+): written by make tables -->.*?<!-- /\1 -->", re.DOTALL)
+ORDER = ("cifar10-paper", "cifar10-short", "cifar10-demo", "shapes-demo")  # what says most goes first
+NOT_YET = "not measured yet"
+
+
+def verdict_table() -> str:
+    """What `degrade verdict` says of the reference results: of each block the deepest comparison."""
+    epochs = degrade.load(RESULTS)
+    rows = []
+    for study in studies():
+        if not (study.imported or from_trained(study.shared["init"])):  # what was trained elsewhere is told apart
+            rows += [
+                (
+                    study.name,
+                    v.block.replace("-", " minus "),
+                    f"{v.deep} v {v.shallow}",
+                    v.seeds,
+                    f"{100 * v.difference:+.2f}",
+                    interval_text(v),
+                    v.words,
+                )
+                for v in report.deepest(verdicts(epochs[epochs["study"] == study.name]))
+            ]
+    return table("study | nets | depths | >seeds | >rise | >95 % interval | verdict", rows)
+
+
+def paper_table() -> str:
+    """Training / test error in %: the paper's, of public reproductions, of imported weights, and of this tool."""
+    final = finished(degrade.load(RESULTS))
+    rows = []
+    for block, depth in ((block, depth) for block in ("plain", "residual") for depth in (20, 32, 44, 56, 110)):
+        own = final[(final["block"] == block) & (final["depth"] == depth)]
+        theirs = next((p for p in paper.CIFAR10 if (p.block, p.depth) == (block, depth)), None)
+        spans = paper.spread(block, depth)
+        rows.append(
+            (
+                f"{block}-{depth}",
+                pair(theirs and theirs.train_error, theirs and theirs.test_error),
+                " / ".join(report.span_text(span) for span in spans)
+                if any(spans := paper.spread(block, depth))
+                else "-",
+                means(own[own["study"] == "a-martyn"]) or "-",
+                means(own[own["study"] == "cifar10-paper"]) or NOT_YET,
+            )
+        )
+    heads = "net | >He et al. | >all published | >a-martyn's weights, measured here | >`degrade`, protocol `paper`"
+    return table(heads, rows)
+
+
+def studies_table() -> str:
+    """What is in results/: the command of each study, on what it was measured, and its time by the clock."""
+    rows = []
+    for study in studies():
+        own = ["sh experiments/a-martyn.sh WEIGHTS again"] if study.imported else report.commands(study)
+        values = [store.read_json(run.folder / store.ENVIRONMENT) for run in study.runs]
+        machines = {f"{v['cores']} cores of {v['cpu']}" if v["device"] == "cpu" else v["device"] for v in values}
+        torches = sorted({v["torch"].partition("+")[0] for v in values})
+        rows.append(
+            (
+                f"[{study.name}](results/{study.name})",
+                f"{len(study.runs)}{' imported' if study.imported else ''}",
+                "<br>".join(f"`{command}`" for command in own),
+                f"{'; '.join(sorted(machines))}; torch {', '.join(torches)}",
+                duration(seconds) if (seconds := report.wall_time(study)) else "-",
+            )
+        )
+    return table("study | >runs | command | measured on | >wall time", rows)
+
+
+def protocols_table() -> str:
+    """The named protocols, as the code has them."""
+    rows = []
+    for name, fields in PROTOCOLS.items():
+        c = RunConfig(block="plain", depth=20, seed=0, **fields)
+        images = ", ".join(
+            f"{count:,} {what}" for count, what in ((c.train_images, "training"), (c.test_images, "test")) if count
+        )
+        rows.append((f"`{name}`", f"{c.steps:,}", c.batch_size, c.lr, c.width, images or "all"))
+    return table("protocol | >steps | >batch | >lr | >width | images", rows)
+
+
+def wall_time(name: str) -> Callable[[], str]:
+    return lambda: duration(report.wall_time(store.Study.open(RESULTS / name)))
+
+
+def commands_page() -> str:
+    """Every command and option, by typer."""
+    asked = [sys.executable, "-m", "typer", "degrade.cli", "utils", "docs", "--name", "degrade"]
+    asked += ["--title", "Every command and option"]
+    return subprocess.run(asked, check=True, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"}).stdout
+
+
+PLACES: dict[str, Callable[[], str]] = {
+    "verdict": verdict_table,
+    "paper": paper_table,
+    "studies": studies_table,
+    "protocols": protocols_table,
+    "time-of-shapes-demo": wall_time("shapes-demo"),
+}
+
+
+def studies() -> list[store.Study]:
+    """Those in results/, what says most first."""
+    found, damaged = store.find_studies(RESULTS)
+    assert not damaged, damaged
+    return sorted(found, key=lambda study: ORDER.index(study.name) if study.name in ORDER else len(ORDER))
+
+
+def pair(train: float | None, test: float | None) -> str:
+    cells = ["-" if error is None else f"{100 * error:.2f}" for error in (train, test)]
+    return "-" if set(cells) == {"-"} else " / ".join(cells)
+
+
+def means(runs: pd.DataFrame) -> str:
+    """Of final errors, with the number of seeds where there are several; empty where there is no run."""
+    seeds = f" ({len(runs)} seeds)" if len(runs) > 1 else ""
+    return pair(runs["train_error"].mean(), runs["test_error"].mean()) + seeds if len(runs) else ""
+
+
+def table(heads: str, rows: Iterable[tuple[object, ...]]) -> str:
+    """As Markdown; `>` before a heading aligns its column to the right."""
+    columns = heads.split(" | ")
+    lines = [[column.lstrip(">") for column in columns], ["---:" if c[0] == ">" else "---" for c in columns]]
+    return "\n" + "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in [*lines, *rows]) + "\n"
+
+
+def renewed(text: str) -> str:
+    """A page with what is written here put in its places."""
+
+    def write(place: re.Match[str]) -> str:
+        written = PLACES[place[1]]()
+        block = f"\n{written}\n" if written.startswith("\n") else written
+        return f"<!-- {place[1]}: written by make tables -->{block}<!-- /{place[1]} -->"
+
+    return PLACE.sub(write, text)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(renewed(page.read_text()))
+    (ROOT / "docs" / "commands.md").write_text(commands_page())
