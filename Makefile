@@ -5,7 +5,7 @@ READY := .venv/.ready
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint typecheck figures tables bench soak mutations wheel clean
+.PHONY: help demo test lint typecheck figures tables notebook bench soak mutations wheel clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ figures: $(READY)  ## Redraw the figures of the reference results, and their rep
 
 tables: $(READY)  ## Write the numbers of README.md and docs/ anew, from results/
 	$(BIN)/python docs/tables.py
+
+notebook: $(READY)  ## Execute the notebook in examples/ anew (a minute or two)
+	$(BIN)/python examples/execute.py
 
 bench: $(READY)  ## The engine beside the public loop on this machine (needs DEGRADE_DATA)
 	$(BIN)/python benchmarks/compare.py
