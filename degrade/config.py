@@ -4,8 +4,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from difflib import get_close_matches
 from typing import Any, NamedTuple, Self
 
 BLOCKS = ("plain", "residual", "preact")
@@ -124,10 +125,9 @@ class RunConfig:
             ("decay", DECAYS),
             ("precision", PRECISIONS),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        if self.init not in INITS and not IDENTITY.fullmatch(self.init):
-            raise ValueError(f"init must be one of {', '.join(INITS)}; got {self.init!r}")
+            check_is_one_of(allowed, name, getattr(self, name))
+        if not IDENTITY.fullmatch(self.init):
+            check_is_one_of(INITS, "init", self.init)
         for name in ("width", "train_images", "test_images", "steps", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -210,7 +210,8 @@ class RunConfig:
         """
         names = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - names):
-            raise ValueError(f"unknown field {', '.join(unknown)}; the fields are {', '.join(sorted(names))}")
+            near = did_you_mean(unknown[0], names)
+            raise ValueError(f"unknown field {', '.join(unknown)}; the fields are {', '.join(sorted(names))}{near}")
         if missing := sorted({f.name for f in fields(cls) if f.default is MISSING} - set(values)):
             raise ValueError(f"missing field {', '.join(missing)}")
         return cls(**values)
@@ -224,6 +225,22 @@ def run_id(values: Mapping[str, Any]) -> str:
     """The run id of a configuration as `RunConfig.as_dict` gives it, of this version of degrade or an older one."""
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     return f"{values['block']}-{values['depth']}-s{values['seed']}-{digest[:8]}"
+
+
+def check_is_one_of(allowed: Iterable[str], name: str, value: str) -> None:
+    """
+    Raises:
+        ValueError: it is not; the nearest one is suggested.
+    """
+    if value not in (words := list(allowed)):
+        raise ValueError(f"{name} must be one of {', '.join(words)}; got {value!r}{did_you_mean(value, words)}")
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """The end of a message about a word that is not allowed: the nearest that is, or nothing."""
+    folded = {other.lower(): other for other in allowed}
+    near = get_close_matches(word.lower(), folded, n=1)
+    return f"; did you mean {folded[near[0]]}?" if near else ""
 
 
 def typed(name: str, value: Any) -> Any:
@@ -287,8 +304,7 @@ def protocol_fields(protocol: str, overrides: Mapping[str, Any]) -> dict[str, An
     Raises:
         ValueError: an unknown protocol.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}")
+    check_is_one_of(PROTOCOLS, "protocol", protocol)
     values = PROTOCOLS[protocol] | dict(overrides)
     if "steps" in overrides and "milestones" not in overrides and isinstance(values["steps"], int):
         values["milestones"] = usual_milestones(values["steps"])

@@ -363,7 +363,9 @@ def find_studies(root: Path) -> tuple[list[Study], list[str]]:
         except OSError as error:
             damaged.append(f"{folder / STUDY}: {error.strerror}; degrade check --repair writes it anew")
     if not studies and not damaged:
-        raise ValueError(f"{root} holds no study (a folder with {STUDY}); `degrade sweep --out {root}` makes one")
+        raise ValueError(
+            f"{root} holds no study (a folder with {STUDY}); `degrade sweep --depths 20,56 --out {root}` makes one"
+        )
     return studies, damaged
 
 

@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from degrade.analysis.verdict import CONTRAST, Grid, Verdict
 from degrade.config import RunConfig, spelt
 from degrade.execute import Event
 from degrade.log import Epoch
 from degrade.store import Run
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what takes long to import is not, for --help and for the shell at each Tab
+    from degrade.analysis.verdict import Grid, Verdict
     from degrade.sweep import Progress
 
 STYLES = {"done": "green", "running": "cyan", "failed": "red", "diverged": "red", "interrupted": "yellow"}
@@ -44,6 +46,22 @@ def milliseconds(value: float) -> str:
 def label(config: RunConfig) -> str:
     """The run id without its hash, which all runs of a study can do without."""
     return f"{config.block}-{config.depth}-s{config.seed}"
+
+
+def is_live(console: Console) -> bool:
+    """Whether what was printed can be drawn anew: neither in a file nor on a dumb terminal."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def bar(console: Console) -> Bar:
+    """A progress bar; nothing where it could not move."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeRemainingColumn(),
+    )
+    return Bar(*columns, console=console, disable=not is_live(console))
 
 
 def plan_table(runs: Sequence[Run], seconds: Mapping[str, float]) -> Table:
@@ -80,7 +98,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
     return table
 
 
-def verdict_table(verdicts: Sequence[Verdict]) -> Table:
+def verdict_table(verdicts: Sequence["Verdict"]) -> Table:
     """The comparisons of one study, in percentage points."""
     table = make_table("nets", ">depths", ">seeds", ">rise", ">95 % interval", "verdict")
     for v in verdicts:
@@ -95,10 +113,10 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     return table
 
 
-def grid_table(verdicts: Sequence[Verdict], grid: Grid) -> Table:
+def grid_table(verdicts: Sequence["Verdict"], grid: "Grid") -> Table:
     """Each comparison at every value of the grid, then best against best, in percentage points."""
     table = make_table("nets", ">depths", f">{grid.field}", ">rise", ">95 % interval", "verdict")  # in 80 columns
-    for _, group in groupby(sorted(verdicts, key=Verdict.place), key=Verdict.place):
+    for _, group in groupby(sorted(verdicts, key=lambda v: v.place()), key=lambda v: v.place()):
         if table.rows:
             table.add_row()
         for v in group:
@@ -113,8 +131,10 @@ def grid_table(verdicts: Sequence[Verdict], grid: Grid) -> Table:
     return table
 
 
-def best_lines(best: Sequence[Verdict], grid: Grid) -> list[str]:
+def best_lines(best: Sequence["Verdict"], grid: "Grid") -> list[str]:
     """What a grid says of mistuning: best against best, how these were chosen, and whether the grid is wide enough."""
+    from degrade.analysis.verdict import CONTRAST
+
     lines = []
     for v in best:
         if v.best is None or v.block == CONTRAST:
@@ -137,7 +157,7 @@ def best_lines(best: Sequence[Verdict], grid: Grid) -> list[str]:
     return lines
 
 
-def interval_text(verdict: Verdict) -> str:
+def interval_text(verdict: "Verdict") -> str:
     """`+1.20 to +3.40`, in percentage points."""
     if verdict.low is None or verdict.high is None:
         return "-"
@@ -183,13 +203,14 @@ class SweepView:
         self.live = Live(console=console, refresh_per_second=4, get_renderable=self._render)
 
     def __enter__(self) -> "SweepView":
-        if self.console.is_terminal:
+        if is_live(self.console):
             self.live.__enter__()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        if self.console.is_terminal:
-            self.live.__exit__(*exception)
+    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
+        self.live.transient = kind is None  # a table of results takes its place; what was stopped stays in sight
+        if is_live(self.console):
+            self.live.__exit__(kind, *exception)
 
     def show(self, run: Run, event: Event) -> None:
         row = self.rows[run.folder]
@@ -197,7 +218,7 @@ class SweepView:
             ended = row.advance(event.value)
             for note in event.value.notes:
                 self.line(note)
-            if ended and not self.console.is_terminal:
+            if ended and not is_live(self.console):
                 self.line(f"{row.label}  {row.line()}")
         elif event.kind in ("failed", "held"):
             row.state = {"failed": "failed", "held": "elsewhere"}[event.kind]
@@ -222,13 +243,15 @@ class SweepView:
             rows, key=lambda row: ("running", "waiting", "elsewhere").index(row.state) if row.active else 3
         )[:room]
         shown = [row for row in rows if row in chosen]
+        length = min(max(self.console.width - 66, 14), 50)  # of the progress bars
         table = make_table("run", "status", ">epoch", "progress", ">train", ">test", ">left")
         for row in shown:
-            table.add_row(*row.cells())
+            table.add_row(*row.cells(length))
         done = sum(not row.active for row in rows)
         left = sum(row.seconds_left for row in rows) / self.jobs
         left = max([left, *(row.seconds_left for row in rows)])
-        return Group(table, Text(f"{done} of {len(rows)} runs ended, about {duration(left)} left", "bold"))
+        ahead = f", about {duration(left)} left" if done < len(rows) else ""
+        return Group(table, Text(f"{done} of {len(rows)} runs ended{ahead}", "bold"))
 
 
 class _Row:
@@ -275,12 +298,12 @@ class _Row:
             + ("done" if self.step == self.steps else f"{duration(self.seconds_left)} left")
         )
 
-    def cells(self) -> tuple[RenderableType, ...]:
+    def cells(self, length: int = 14) -> tuple[RenderableType, ...]:
         return (
             self.label,
             Text(self.state, STYLES.get(self.state, "dim")),
             f"{self.last.epoch if self.last else 0}/{self.epochs}",
-            "━" * (done := 14 * self.step // self.steps) + "╌" * (14 - done),
+            "━" * (done := length * self.step // self.steps) + "╌" * (length - done),
             percent(self.last.train_error) if self.last else "-",
             percent(self.last.test_error) if self.last else "-",
             duration(self.seconds_left) if self.seconds_left else "",

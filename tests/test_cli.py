@@ -254,7 +254,7 @@ class TestBadInput:
             (["--depths", "21"], "depth must be 6n+2 (8, 20, 32, 44, 56, 110, ...); got 21"),
             (
                 ["--depths", "20,,56"],
-                "--depths must be separated by commas, with nothing empty; got '20,,56'",
+                "--depths must be separated by commas, with nothing empty and no space; got '20,,56'",
             ),
             (["--depths", ""], "--depths must be separated by commas"),
             ([], "depths are missing: name them, such as --depths 20,56"),

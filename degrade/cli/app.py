@@ -12,34 +12,59 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from typer.core import TyperCommand
 
 from degrade import __version__, store, terminal
-from degrade.config import RunConfig
+from degrade.config import RunConfig, did_you_mean
 from degrade.errors import Failure
 from degrade.stopping import Stopped
 
 if TYPE_CHECKING:
     from degrade.sweep import Machine
 
+UsageError: type[Any] = typer.BadParameter.__mro__[1]  # of the click that typer uses, whichever that is
 NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)  # a path on the command line that none can be
+
+
+class Plain(TyperCommand):
+    """A command whose --help is text: no boxes and no types, options in sections, 80 columns at most."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except UsageError as error:
+            error.ctx = error.ctx or ctx  # so that the message can name the command
+            raise
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            words, text = param.get_help_record(ctx) or ("", "")
+            if param.param_type_name == "argument":
+                words = param.metavar or ""
+            text = re.sub(r"\[default: \((.*)\)\]", r"[default: \1]", text)  # as those that are given are shown
+            title = "Arguments" if param.param_type_name == "argument" else "Options"
+            sections.setdefault(getattr(param, "rich_help_panel", None) or title, []).append((words, text))
+        for title, rows in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
 
 app = typer.Typer(
     invoke_without_command=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Reproduce and study the degradation problem: deeper plain nets get a higher training error "
-    "(He et al. 2015), and residual nets do not.",
 )
 console = Console()
-DataDir = Annotated[
-    Path | None, typer.Option(help="Where the data are.", show_default="$DEGRADE_DATA, else ~/.cache/degrade")
-]
-Results = Annotated[Path, typer.Argument(help="A folder of results: of one study, or of several.")]
 
 
 def main() -> None:
     """Run the command line. Every expected error is one line: exit 2 for usage, 1 for failure."""
-    usage_error: type[Any] = typer.BadParameter.__mro__[1]  # of the click that typer uses, whichever that is
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a folder may be called what a terminal cannot show
@@ -50,8 +75,8 @@ def main() -> None:
     except BrokenPipeError:  # whoever read the output, head say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except usage_error as error:
-        leave(f"{error.format_message()} Try: {error.ctx.command_path if error.ctx else 'degrade'} --help", 2)
+    except UsageError as error:
+        leave(_usage(error), 2)
     except ValueError as error:
         leave(str(error), 2)
     except Failure as error:
@@ -63,6 +88,16 @@ def main() -> None:
         leave("stopped", 130)
     except Stopped as stop:
         leave("stopped", stop.code)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the command line, the nearest of what is known, and where to read on."""
+    message = re.sub(r"^Invalid value for '(.+?)':", r"\1", error.format_message())
+    if near := getattr(error, "possibilities", None):  # the nearest first
+        message = f"{error.message}. Did you mean {next(iter(near))}?"
+    elif not message.endswith((".", "?")):
+        message += "."
+    return f"{message} Try: {error.ctx.command_path if error.ctx else 'degrade'} --help"
 
 
 def leave(message: str, code: int) -> NoReturn:
@@ -84,8 +119,18 @@ def _version(asked: bool) -> None:
 @app.callback()
 def root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
+    """Reproduce and study the degradation problem: deeper plain nets get a higher training error (He et al. 2015), and
+    residual nets do not.
+
+    \b
+    Example: degrade sweep --depths 20,56 --dataset shapes --protocol demo
+    Example: degrade plot results/
+    Example: degrade verdict results/
+    """
     if context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -95,8 +140,19 @@ def note(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """One line, however narrow the terminal."""
-    console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+    """One line; a terminal too narrow for it wraps it between words, but breaks no word, such as a path."""
+    text = printable(text)
+    one_line = not console.is_terminal or any(len(word) > console.width for word in text.split())
+    console.print(text, highlight=False, markup=False, soft_wrap=one_line)
+
+
+def say_table(table: Table) -> None:
+    """Whole rows: the same in a file as on a terminal, however narrow that is."""
+    table.width = console.measure(table, options=console.options.update(width=10_000)).maximum
+    with console.capture() as drawn:
+        console.print(table, soft_wrap=True)
+    for line in drawn.get().splitlines():
+        print(line.rstrip())
 
 
 def count(number: int, thing: str) -> str:
@@ -144,8 +200,16 @@ def names(text: str | None, flag: str) -> list[str] | None:
         return None
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
-        raise ValueError(f"{flag} must be separated by commas, with nothing empty; got {text!r}")
+        raise ValueError(f"{flag} must be separated by commas, with nothing empty and no space; got {text!r}")
     return parts
+
+
+def some_of(allowed: Sequence[str], chosen: Sequence[str] | None, flag: str) -> list[str]:
+    """Those chosen, each once; every one of them is allowed."""
+    for word in chosen or []:
+        if word not in allowed:
+            raise ValueError(f"{flag} must be of {', '.join(allowed)}; got {word!r}{did_you_mean(word, allowed)}")
+    return list(dict.fromkeys(chosen or []))
 
 
 def numbers(text: str | None, flag: str) -> list[int] | None:

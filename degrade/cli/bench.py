@@ -7,6 +7,7 @@ import typer
 
 from degrade import terminal
 from degrade.cli.app import (
+    Plain,
     app,
     check_precision,
     configs_of,
@@ -18,28 +19,42 @@ from degrade.cli.app import (
     names,
     numbers,
     say,
+    say_table,
 )
+from degrade.cli.options import (
+    DEPTHS,
+    Compiled,
+    Device,
+    Jobs,
+    Pack,
+    Precision,
+    Threads,
+    list_of,
+    numbers_of,
+)
+from degrade.config import BLOCKS
 
 
-@app.command()
+@app.command(cls=Plain)
 def bench(
-    depths: Annotated[str, typer.Option(help="6n+2.")] = "20,32,44,56,110",
-    blocks: Annotated[str, typer.Option(help="plain, residual.")] = "plain,residual",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
-    jobs: Annotated[str, typer.Option(help="As for sweep.")] = "auto",
-    threads: Annotated[str, typer.Option(help="As for sweep.")] = "auto",
-    pack: Annotated[str, typer.Option(help="As for sweep.")] = "auto",
-    compiled: Annotated[str, typer.Option("--compile", help="As for sweep.")] = "auto",
-    precision: Annotated[
-        str | None, typer.Option(help="fp32, tf32 or bf16.", show_default="tf32 on GPUs that have it")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As a list of objects.")] = False,
+    depths: Annotated[str, numbers_of("Layers of the nets, 6n+2.", DEPTHS)] = ",".join(DEPTHS),
+    blocks: Annotated[str, list_of(BLOCKS, f"{', '.join(BLOCKS)}.")] = "plain,residual",
+    device: Device = "auto",
+    jobs: Jobs = "auto",
+    threads: Threads = "auto",
+    pack: Pack = "auto",
+    compiled: Compiled = "auto",
+    precision: Precision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of JSON objects.")] = False,
 ) -> None:
-    """Time the nets on this machine, and say how long the paper's protocol and the short one would take.
+    """Time the nets on this machine: how long will it take?
 
     Each net is timed alone, on made-up images, with the threads it has in a sweep; a matrix product is the yardstick.
+    It says how long the protocols paper and short would take.
 
-    Example: degrade bench --depths 20,56
+    \b
+    Example: degrade bench
+    Example: degrade bench --depths 20,56 --threads 1 --json > bench.json
     """
     grid = {
         "depth": distinct(numbers(depths, "--depths"), "depths", int),
@@ -68,7 +83,7 @@ def bench(
     say(f"{how(machine)}, {configs[0].precision}, batch {configs[0].batch_size}")
     say(f"matrix product: {peak / 1e9:,.0f} GFLOP/s on {count(machine.threads, 'thread')} (the peak below)")
     say("train/s and eval/s: images a second")
-    console.print(terminal.bench_table(records))
+    say_table(terminal.bench_table(records))
     together = 1.0
     if machine.pack > 1:
         taken = timing.measure_packed(configs[: machine.pack], machine.places[0], compiled=records[0]["compiled"])

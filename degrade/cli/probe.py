@@ -8,97 +8,110 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from degrade import store, terminal
 from degrade.cli.app import (
-    DataDir,
-    Results,
+    Plain,
     app,
     console,
     count,
-    distinct,
     machine_of,
     names,
     numbers,
     say,
     say_paths,
+    say_table,
+    some_of,
     tell,
 )
-from degrade.config import RunConfig
+from degrade.cli.options import (
+    DEPTHS,
+    FORMATS,
+    PROBES,
+    DataDir,
+    Device,
+    Formats,
+    Results,
+    auto_or_number,
+    list_of,
+    numbers_of,
+    option,
+)
+from degrade.config import BLOCKS, RunConfig
 from degrade.errors import Failure
 from degrade.stopping import stopping
 
 if TYPE_CHECKING:
     from degrade.probe import Part
 
-FORMATS = ("png", "svg", "pdf")
 
-
-@app.command()
+@app.command(cls=Plain)
 @stopping("stopped; the same command goes on from the last rows committed")
 def probe(
     results: Results = Path("results"),
     probes: Annotated[
         str | None,
-        typer.Option(
-            help="Of responses, gradients, lesion, landscape, bn.",
-            show_default="all; at init responses, gradients, landscape",
-        ),
+        list_of(PROBES, f"{', '.join(PROBES)}.", show_default="all; at init responses, gradients, landscape"),
     ] = None,
-    depths: Annotated[str | None, typer.Option(help="Only these.", show_default="all")] = None,
-    blocks: Annotated[str | None, typer.Option(help="Only these.", show_default="all")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Only these.", show_default="all")] = None,
+    depths: Annotated[str | None, numbers_of("Only these.", DEPTHS, show_default="all")] = None,
+    blocks: Annotated[str | None, list_of(BLOCKS, "Only these.", show_default="all")] = None,
+    seeds: Annotated[str | None, numbers_of("Only these.", show_default="all")] = None,
     at_init: Annotated[
         bool, typer.Option("--at-init", help="Freshly initialised nets of the same designs, not the trained ones.")
     ] = False,
     images: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="At most so many: test images for lesion, both for bn, else training images.",
+        option(
+            "N",
+            "At most so many: test images for lesion, both for bn, else training images.",
             show_default="1000; gradients 512; bn all",
         ),
     ] = None,
     budget: Annotated[
-        str, typer.Option(help="90s, 10m, 2h: for all landscapes together; sets their points and images.")
+        str, option("TIME", "90s, 10m, 2h: for all landscapes together; sets their points and images.")
     ] = "10m",
     points: Annotated[
         int | None,
-        typer.Option(
-            help="A side of a landscape, odd; its line has 2 N + 1.",
-            metavar="N",
+        option(
+            "N",
+            "A side of a landscape, odd; its line has 2 N + 1.",
             show_default="25, or what fits the budget on 100 images",
         ),
     ] = None,
     data_dir: DataDir = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
-    threads: Annotated[str, typer.Option(help="CPU threads; auto: all cores.")] = "auto",
-    formats: Annotated[str, typer.Option(help="Any of png, svg, pdf.")] = "png,svg,pdf",
+    device: Device = "auto",
+    threads: Annotated[str, auto_or_number("CPU threads; auto: all cores.")] = "auto",
+    formats: Formats = "png,svg,pdf",
     again: Annotated[
         bool, typer.Option("--again", help="Measure anew what is there with other images or points; else it is kept.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
 ) -> int:
-    """Look into trained nets: layer responses, gradients, deleted blocks, the loss around them, BN's statistics.
+    """Look into trained nets: responses, gradients, lesions, loss.
 
-    Takes the finished runs of every study. The same command again skips what
-    is done. Tables go into probes/ of each study, figures into figures/.
+    How much each layer changes its signal (responses), which gradients reach it (gradients), what deleting a block
+    costs (lesion), how rough the loss around the net is (landscape), and what is due to BN's statistics (bn).
 
-    Gradients are of the freshly initialised net (of imported runs, one of the
-    same design), of the last step, and of those that sweep --snapshots kept.
+    Takes the finished runs of every study. The same command again skips what is done. Tables go into probes/ of each
+    study, figures into figures/.
 
+    Gradients are of the freshly initialised net (of imported runs, one of the same design), of the last step, and of
+    those that sweep --snapshots kept.
+
+    \b
     Example: degrade probe results/ --probes responses,lesion --depths 20,56
+    Example: degrade probe results/shapes-demo --at-init --dry-run
+    Example: degrade probe results/ --probes landscape --budget 1h
     """
-    chosen = distinct(names(probes, "--probes"), "probes", str) if probes else []
+    chosen = some_of(PROBES, names(probes, "--probes"), "--probes")
     wanted = {
         "depth": numbers(depths, "--depths"),
         "block": names(blocks, "--blocks"),
         "seed": numbers(seeds, "--seeds"),
     }
-    kinds = names(formats, "--formats") or []
-    if unknown := [kind for kind in kinds if kind not in FORMATS]:
-        raise ValueError(f"--formats must be of {', '.join(FORMATS)}; got {unknown[0]!r}")
+    kinds = some_of(FORMATS, names(formats, "--formats"), "--formats")
+    if images is not None and images < 1:
+        raise ValueError(f"--images must be at least 1; got {images}")
     seconds = _seconds(budget)
     studies, damaged = store.find_studies(results)
 
@@ -106,8 +119,6 @@ def probe(
     from degrade.engine.process import prepare_process
     from degrade.sweep import resolve_device
 
-    if unknown := [name for name in chosen if name not in engine.PROBES]:
-        raise ValueError(f"--probes must be of {', '.join(engine.PROBES)}; got {unknown[0]!r}")
     wish = engine.Wish(at_init, images, seconds, points)
     parts: list[Part] = []
     for study in studies:
@@ -165,7 +176,7 @@ def _print_plan(parts: Sequence["Part"], needed: Sequence[float], kept: Sequence
                 terminal.duration(sum(left)) if left else "-",
             )
         say(f"Study {name}: {'fresh initialisations' if parts[0].init else 'trained nets'}")
-        console.print(table)
+        say_table(table)
         _print_kept([part for part in kept if part.study.name == name])
 
 
@@ -189,15 +200,9 @@ def _measure(parts: Sequence["Part"], needed: Sequence[float], data_dir: Path | 
     folder = data_dir or data.default_data_dir()
     for dataset in sorted({part.run.config.dataset for part, seconds in zip(parts, needed, strict=True) if seconds}):
         data.fetch(dataset, folder)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} %"),
-        TimeRemainingColumn(),
-    )
     weights = dict(zip((part.path for part in parts), needed, strict=True))
     done, start = 0.0, time.monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with terminal.bar(console) as bar:
         task = bar.add_task("", total=sum(needed))
         for part, rows in probe_parts(parts, folder, device):
             label = f"{part.probe} {terminal.label(part.run.config)}"
@@ -206,7 +211,7 @@ def _measure(parts: Sequence["Part"], needed: Sequence[float], data_dir: Path | 
             if rows == part.rows:
                 done += seconds
                 taken, start = time.monotonic() - start, time.monotonic()
-                if not console.is_terminal:
+                if not terminal.is_live(console):
                     say(f"{label}: {rows} rows, {terminal.duration(taken)}")
 
 

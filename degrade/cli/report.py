@@ -3,21 +3,24 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from degrade import store
-from degrade.cli.app import Results, app, say, tell
+from degrade.cli.app import Plain, app, say, tell
+from degrade.cli.options import Results, option
 from degrade.errors import Failure
 
 
-@app.command()
+@app.command(cls=Plain)
 def report(
     results: Results = Path("results"),
-    out: Annotated[Path | None, typer.Option(help="A folder for the page.", show_default="the results")] = None,
+    out: Annotated[Path | None, option("DIR", "A folder for the page.", show_default="the results")] = None,
 ) -> int:
-    """Write one page about all studies: report.html, which needs nothing else, and report.md.
+    """Write one page about all studies: report.html, report.md.
 
+    The page opens from disk and needs no network. report.md beside it has the same numbers.
+
+    \b
     Example: degrade report results/
+    Example: degrade report results/ --out public/
     """
     studies, damaged = store.find_studies(results)
     if not studies:

@@ -11,7 +11,21 @@ import typer
 from rich.table import Table
 
 from degrade import paper, store, terminal
-from degrade.cli.app import Results, app, console, count, epochs_of, leave, names, say, say_errors, say_paths, tell
+from degrade.cli.app import (
+    Plain,
+    app,
+    count,
+    epochs_of,
+    leave,
+    names,
+    say,
+    say_errors,
+    say_paths,
+    say_table,
+    some_of,
+    tell,
+)
+from degrade.cli.options import FORMATS, Formats, Results, option
 from degrade.errors import Failure
 
 if TYPE_CHECKING:
@@ -20,15 +34,20 @@ if TYPE_CHECKING:
 FROM_TRAINED = "begun from trained weights: see its identity.json"
 
 
-@app.command()
+@app.command(cls=Plain)
 def show(
     results: Results = Path("results"),
-    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As a list of objects.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a row a run; errors are fractions.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of JSON objects, likewise.")] = False,
 ) -> int:
-    """Show every run: its status, how far it is, and its errors.
+    """Show every run: its status, how far it is, its errors.
 
+    A run is done, running, interrupted, failed, diverged or missing: read off its files and its lock. Errors are those
+    of its last row, over the whole training set and the whole test set.
+
+    \b
     Example: degrade show results/
+    Example: degrade show results/shapes-demo --csv > runs.csv
     """
     if as_json and as_csv:
         raise ValueError("--csv and --json exclude each other")
@@ -43,18 +62,22 @@ def show(
     else:
         for study in studies:
             say(f"{study.name}: {study.shared['dataset']}, protocol {study.protocol}")
-            console.print(terminal.runs_table(study.runs))
+            say_table(terminal.runs_table(study.runs))
             say_errors(study.runs)
     return tell(damaged)
 
 
-@app.command()
+@app.command(cls=Plain)
 def check(
     results: Results = Path("results"),
     repair: Annotated[bool, typer.Option("--repair", help="Write anew what can be derived from other files.")] = False,
 ) -> None:
-    """Verify every file of every run: configurations, checkpoints, logs. Exit code 1 where something is wrong.
+    """Verify every file of every run, and say what is wrong.
 
+    Configurations, checkpoints, logs, what was probed and imported. The exit code is 1 where something is wrong.
+
+    \b
+    Example: degrade check results/
     Example: degrade check results/ --repair
     """
     from degrade.check import check as checks
@@ -78,24 +101,24 @@ def check(
         leave(f"{count(left, 'problem')}{mends}{advice}", 1)
 
 
-@app.command()
+@app.command(cls=Plain)
 def plot(
     results: Results = Path("results"),
     out: Annotated[
-        Path | None, typer.Option(help="A folder for the figures.", show_default="figures/ in each study")
+        Path | None, option("DIR", "A folder for the figures.", show_default="figures/ in each study")
     ] = None,
-    formats: Annotated[str, typer.Option(help="Any of png, svg, pdf.")] = "png,svg,pdf",
+    formats: Formats = "png,svg,pdf",
 ) -> int:
-    """Draw each study: training error v depth, error curves, test error v depth, the gap; and what was probed.
+    """Draw each study: training error v depth, curves, the gap.
 
-    Studies that differ in one field alone, as sweep --grid makes them, are drawn side by side too, in figures/ here.
+    Training error v depth, the error curves, test error v depth, the gap between the two; and what was probed. Studies
+    that differ in one field alone, as sweep --grid makes them, are drawn side by side too, in figures/ of the results.
 
+    \b
     Example: degrade plot results/
+    Example: degrade plot results/shapes-demo --out slides/ --formats png
     """
-    kinds = names(formats, "--formats") or []
-    allowed = ("png", "svg", "pdf")
-    if unknown := [kind for kind in kinds if kind not in allowed]:
-        raise ValueError(f"--formats must be of {', '.join(allowed)}; got {unknown[0]!r}")
+    kinds = some_of(FORMATS, names(formats, "--formats"), "--formats")
     studies, damaged = store.find_studies(results)
     epochs = epochs_of(results, studies, damaged)
 
@@ -138,19 +161,23 @@ def _identity(study: store.Study, damaged: list[str]) -> dict[str, Any]:
     return {"identity": plots.draw_identity(record, continued, control, study.shared["dataset"])}
 
 
-@app.command()
+@app.command(cls=Plain)
 def verdict(
     results: Results = Path("results"),
-    as_json: Annotated[bool, typer.Option("--json", help="As a list of objects.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of JSON objects.")] = False,
 ) -> int:
-    """Say whether final training error rises with depth, per block, with Welch's 95 % intervals over seeds.
+    """Say whether training error rises with depth, per block.
 
-    A deeper net degrades if its whole interval lies above 0, and does not degrade if it ends at most half a point
-    above; otherwise, and with one seed, it is undecided. Studies that differ in one field alone are shown side by side,
-    and each depth with the value that is best for it. Of runs that began from trained weights it is said what
-    degrade identity has found.
+    Each deeper net is compared with the shallowest of its block: final training errors, with Welch's 95 % interval over
+    seeds. It degrades if its whole interval lies above 0, and does not degrade if it ends at most half a point above;
+    otherwise, and with one seed, it is undecided.
 
+    Studies that differ in one field alone are shown side by side, and each depth with the value that is best for it.
+    Of runs that began from trained weights it is said what degrade identity has found.
+
+    \b
     Example: degrade verdict results/
+    Example: degrade verdict results/cifar10-demo --json
     """
     studies, damaged = store.find_studies(results)
 
@@ -184,7 +211,7 @@ def _say_verdicts(title: str, found: "Sequence[Verdict]", table: Table, studies:
     """The table of one study's comparisons, or of one grid's, and what there is to know about their runs."""
     say(f"{title}: final training error, deeper minus shallower, in percentage points")
     if found:
-        console.print(table)
+        say_table(table)
     else:
         say("nothing to compare: two finished depths of one block are needed")
     if any(v.early for v in found):

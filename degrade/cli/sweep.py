@@ -3,7 +3,7 @@
 import math
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -12,12 +12,11 @@ import typer
 
 from degrade import store, terminal
 from degrade.cli.app import (
-    DataDir,
+    Plain,
     app,
     channels,
     check_precision,
     configs_of,
-    console,
     count,
     distinct,
     how,
@@ -27,16 +26,38 @@ from degrade.cli.app import (
     numbers,
     say,
     say_errors,
+    say_table,
     study_folder,
     train_live,
 )
+from degrade.cli.options import (
+    DEPTHS,
+    Compiled,
+    DataDir,
+    Device,
+    Jobs,
+    Out,
+    Pack,
+    Threads,
+    argument,
+    list_of,
+    numbers_of,
+    one_of,
+    option,
+)
 from degrade.config import (
     BLOCKS,
+    DATASETS,
+    DECAYS,
     INITS,
+    PADDINGS,
+    PRECISIONS,
     PROTOCOLS,
+    SHORTCUTS,
     SWEPT,
     TYPES,
     RunConfig,
+    did_you_mean,
     name_parts,
     overridden,
     protocol_fields,
@@ -50,7 +71,7 @@ if TYPE_CHECKING:
 
 LONG = 12 * 3600  # seconds, from which on a shorter protocol is pointed out
 MAX_STUDIES = 100
-FIELDS = "Fields of the protocol, each of which can be overridden"
+FIELDS = {"rich_help_panel": "Fields of the protocol, each of which can be overridden"}
 SWEEP_FIELDS = ("depths", "blocks", "seeds", "dataset", "protocol", "study", "grid")
 
 
@@ -73,86 +94,79 @@ class Plan(NamedTuple):
     machine: "Machine"
 
 
-def _whole(text: str) -> int:
-    if not re.fullmatch(r"-?[0-9]{1,18}", text):
-        raise typer.BadParameter(f"must be a whole number; got {text!r}.")
-    return int(text)
-
-
-def _real(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"must be a number; got {text!r}.") from None
-
-
-def _field(parser: Callable[[str], Any], text: str, **options: Any) -> Any:
-    """An option of `sweep` that overrides a field of the protocol."""
-    metavar = "N" if parser is _whole else "X" if parser is _real else "TEXT"
-    return typer.Option(parser=parser, metavar=metavar, help=text, rich_help_panel=FIELDS, **options)
-
-
-@app.command()
+@app.command(cls=Plain)
 @stopping("stopped; the same command goes on from the last checkpoints")
 def sweep(
     spec: Annotated[
-        Path | None, typer.Argument(help="A TOML file with depths, blocks, ... and fields; flags win.")
+        Path | None, argument("TOML", "A file with depths, blocks, ... and fields, as in experiments/; flags win.")
     ] = None,
-    depths: Annotated[str | None, typer.Option(help="6n+2, such as 20,32,44,56,110.")] = None,
-    blocks: Annotated[str | None, typer.Option(help=f"{', '.join(BLOCKS)}.", show_default="plain,residual")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2.", show_default="0")] = None,
-    dataset: Annotated[str | None, typer.Option(help="cifar10 or shapes.", show_default="cifar10")] = None,
+    depths: Annotated[str | None, numbers_of("Layers of the nets, 6n+2: 20,32,44,56,110.", DEPTHS)] = None,
+    blocks: Annotated[str | None, list_of(BLOCKS, f"{', '.join(BLOCKS)}.", show_default="plain,residual")] = None,
+    seeds: Annotated[str | None, numbers_of("A net of each: 0,1,2.", show_default="0")] = None,
+    dataset: Annotated[
+        str | None, one_of(DATASETS, "cifar10 (downloaded) or shapes (built in).", show_default="cifar10")
+    ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(PROTOCOLS)}: what the fields below start from.", show_default="paper"),
+        one_of(PROTOCOLS, f"{', '.join(PROTOCOLS)}: what the fields below start from.", show_default="paper"),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The folder of results.")] = Path("results"),
-    study: Annotated[str | None, typer.Option(help="Its folder there.", show_default="from what is asked for")] = None,
+    out: Out = Path("results"),
+    study: Annotated[str | None, option("TEXT", "Its folder there.", show_default="from what is asked for")] = None,
     data_dir: DataDir = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
-    jobs: Annotated[str, typer.Option(help="Processes; auto: one a core, or one a GPU.")] = "auto",
-    threads: Annotated[str, typer.Option(help="CPU threads each; auto: the cores shared out.")] = "auto",
-    pack: Annotated[str, typer.Option(help="Runs at a time in a process; auto: on a GPU as many as fit.")] = "auto",
-    compiled: Annotated[str, typer.Option("--compile", help="on, off, or auto: the long runs.")] = "auto",
-    snapshots: Annotated[
-        str | None, typer.Option(help="Steps whose weights are kept besides, for probes: 400,32000.")
-    ] = None,
+    device: Device = "auto",
+    jobs: Jobs = "auto",
+    threads: Threads = "auto",
+    pack: Pack = "auto",
+    compiled: Compiled = "auto",
+    snapshots: Annotated[str | None, numbers_of("Steps whose weights are kept besides, for probes: 400,32000.")] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Resume failed runs too.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     grid: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD=VALUES", help="A study for each value: lr=0.1,0.05. Several: all combinations."),
+        option("FIELD=X,...", "A study for each value of a field: lr=0.1,0.05. Given again: all combinations."),
     ] = None,
-    steps: Annotated[int | None, _field(_whole, "Updates; milestones move to half and 3/4.")] = None,
-    batch_size: Annotated[int | None, _field(_whole, "Images an update.")] = None,
-    lr: Annotated[float | None, _field(_real, "Learning rate.")] = None,
-    milestones: Annotated[str | None, _field(str, "Steps at which lr is divided by 10.")] = None,
-    warmup_depth: Annotated[int | None, _field(_whole, "Nets at least this deep warm up.")] = None,
-    warmup_lr: Annotated[float | None, _field(_real, "Learning rate while warming up.")] = None,
-    warmup_steps: Annotated[int | None, _field(_whole, "Updates of the warm-up.")] = None,
-    momentum: Annotated[float | None, _field(_real, "Of SGD.")] = None,
-    weight_decay: Annotated[float | None, _field(_real, "Of SGD.")] = None,
-    decay: Annotated[str | None, _field(str, "Weight decay on all parameters, or conv: not on BN.")] = None,
-    width: Annotated[int | None, _field(_whole, "Channels of the first stage.")] = None,
-    shortcut: Annotated[str | None, _field(str, "A (zero padding), B or C (projections).")] = None,
-    init: Annotated[str | None, _field(str, f"{' or '.join(INITS)}.")] = None,
-    train_images: Annotated[int | None, _field(_whole, "Train on this many images.")] = None,
-    val_images: Annotated[int | None, _field(_whole, "Hold this many training images out.")] = None,
-    test_images: Annotated[int | None, _field(_whole, "Test on this many images.")] = None,
-    split_seed: Annotated[int | None, _field(_whole, "Which images those are.")] = None,
+    steps: Annotated[int | None, option("N", "Updates; milestones move to half and 3/4.", **FIELDS)] = None,
+    batch_size: Annotated[int | None, option("N", "Images an update.", **FIELDS)] = None,
+    lr: Annotated[float | None, option("X", "Learning rate.", **FIELDS)] = None,
+    milestones: Annotated[str | None, numbers_of("Steps at which lr is divided by 10.", **FIELDS)] = None,
+    warmup_depth: Annotated[int | None, option("N", "Nets at least this deep warm up.", **FIELDS)] = None,
+    warmup_lr: Annotated[float | None, option("X", "Learning rate while warming up.", **FIELDS)] = None,
+    warmup_steps: Annotated[int | None, option("N", "Updates of the warm-up.", **FIELDS)] = None,
+    momentum: Annotated[float | None, option("X", "Of SGD.", **FIELDS)] = None,
+    weight_decay: Annotated[float | None, option("X", "Of SGD.", **FIELDS)] = None,
+    decay: Annotated[
+        str | None, one_of(DECAYS, "all: weight decay on all parameters; conv: not on BN and biases.", **FIELDS)
+    ] = None,
+    width: Annotated[int | None, option("N", "Channels of the first stage.", **FIELDS)] = None,
+    shortcut: Annotated[str | None, one_of(SHORTCUTS, "A (zero padding), B or C (projections).", **FIELDS)] = None,
+    init: Annotated[
+        str | None, one_of(INITS, "he, or zero-gamma: 0 for the last BN scale of residual blocks.", **FIELDS)
+    ] = None,
+    train_images: Annotated[int | None, option("N", "Train on this many images.", **FIELDS)] = None,
+    val_images: Annotated[int | None, option("N", "Hold this many training images out.", **FIELDS)] = None,
+    test_images: Annotated[int | None, option("N", "Test on this many images.", **FIELDS)] = None,
+    split_seed: Annotated[int | None, option("N", "Which images those are.", **FIELDS)] = None,
     input_mean: Annotated[
-        str | None, _field(str, "Subtracted from the input: 0.49,0.48,0.45.", show_default="per pixel")
+        str | None,
+        option("X,X,X", "Subtracted from the input: 0.49,0.48,0.45.", show_default="per pixel", **FIELDS),
     ] = None,
-    padding: Annotated[str | None, _field(str, "Of the crops: mean or black.")] = None,
+    padding: Annotated[
+        str | None, one_of(PADDINGS, "Of the crops, with mean (0 after it is subtracted) or black.", **FIELDS)
+    ] = None,
     precision: Annotated[
-        str | None, _field(str, "fp32, tf32 or bf16.", show_default="tf32 on GPUs that have it")
+        str | None,
+        one_of(PRECISIONS, f"{', '.join(PRECISIONS)}.", show_default="tf32 on GPUs that have it, else fp32", **FIELDS),
     ] = None,
 ) -> None:
-    """Train a grid of nets: every depth, block and seed. The same command again goes on where it stopped.
+    """Train a grid of nets: every depth, block and seed.
 
-    With --grid lr=0.1,0.05 it does so for each value of a field of the protocol, in a study of its own.
+    It prints its plan first, with the time that will take here. What is done is skipped; the same command again goes on
+    where it stopped. With --grid lr=0.1,0.05 it trains a study for each value of a field of the protocol.
 
+    \b
     Example: degrade sweep --depths 20,56 --blocks plain,residual
+    Example: degrade sweep --depths 20,56 --dataset shapes --protocol demo
+    Example: degrade sweep experiments/demo.toml --seeds 0 --dry-run
     """
     flags = {
         "depths": numbers(depths, "--depths"),
@@ -260,7 +274,8 @@ def _axis(name: str, values: Any) -> list[Any]:
     if name.removesuffix("s") in SWEPT:
         raise ValueError(f"{name} cannot be in a grid, since one study holds several: --{name.removesuffix('s')}s")
     if name not in allowed:
-        raise ValueError(f"a grid is over fields of the protocol ({', '.join(allowed)}); got {name!r}")
+        near = did_you_mean(name, allowed)
+        raise ValueError(f"a grid is over fields of the protocol ({', '.join(allowed)}); got {name!r}{near}")
     if not isinstance(values, list) or not values:
         raise ValueError(f"the grid's {name} must be a list of values, not empty; got {values!r}")
     axis = [typed(name, value) for value in values]
@@ -334,7 +349,7 @@ def _print_plans(plans: Sequence[Plan], seconds: dict[str, float]) -> None:
             if run.config.run_id in seconds and run.status != "running"
         }
         say(f"Study {plan.study.folder}: {count(len(plan.runs), 'run')}, {len(left)} to train")
-        console.print(terminal.plan_table(plan.runs, left))
+        say_table(terminal.plan_table(plan.runs, left))
         if left:
             wall = bench.makespan(list(left.values()), plan.machine.jobs)  # packing shares one GPU: it gains, how much?
             say(f"About {terminal.duration(wall)} on this machine: {how(plan.machine)}")
@@ -364,7 +379,7 @@ def _print_results(plans: Sequence[Plan], out: Path) -> None:
     for plan in plans:
         if len(plans) > 1:
             say(f"Study {plan.study.folder}")
-        console.print(terminal.runs_table(plan.runs))
+        say_table(terminal.runs_table(plan.runs))
         say_errors(plan.runs)
     runs = [run for plan in plans for run in plan.runs]
     if any(run.epochs for run in runs):
@@ -388,14 +403,21 @@ def _read_spec(spec: Path | None) -> dict[str, Any]:
         raise ValueError(f"{spec} is not a file; name a TOML file, or separate lists by commas: --depths 20,56")
     try:
         values = _underscored(tomllib.loads(spec.read_text()))
+    except UnicodeDecodeError:
+        raise ValueError(f"{spec} is not text in UTF-8; name a TOML file") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{spec}: {error}") from None
     known = list(dict.fromkeys([*SWEEP_FIELDS, *(field for field in TYPES if field not in SWEPT)]))
     if unknown := [name for name in values if name not in known]:
-        raise ValueError(f"{spec}: {unknown[0]} is not a setting; the settings are {', '.join(known)}")
+        near = did_you_mean(unknown[0], known)
+        raise ValueError(f"{spec}: {unknown[0]} is not a setting; the settings are {', '.join(known)}{near}")
     for name in ("dataset", "protocol", "study"):
         if not isinstance(values.get(name, ""), str):
             raise ValueError(f"{spec}: {name} must be a string; got {values[name]!r}")
+    try:
+        values |= {name: typed(name, value) for name, value in values.items() if name in TYPES}
+    except ValueError as error:
+        raise ValueError(f"{spec}: {error}") from None
     grid = values.get("grid", {})
     if not isinstance(grid, dict):
         raise ValueError(f"{spec}: grid must be a table of fields and their values; got {grid!r}")

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import track
 
 from degrade import commit, store, terminal
 from degrade.cli.app import (
-    DataDir,
+    Plain,
     app,
     auto,
     channels,
@@ -23,53 +22,88 @@ from degrade.cli.app import (
     names,
     say,
     say_paths,
+    say_table,
     study_folder,
     train_live,
 )
-from degrade.config import PROTOCOLS, ZERO_CHANNELS, RunConfig, overridden, protocol_fields, study_name
+from degrade.cli.options import (
+    DEPTHS,
+    Compiled,
+    DataDir,
+    Device,
+    Out,
+    argument,
+    auto_or_number,
+    one_of,
+    option,
+)
+from degrade.config import (
+    BLOCKS,
+    DATASETS,
+    PROTOCOLS,
+    ZERO_CHANNELS,
+    RunConfig,
+    check_is_one_of,
+    overridden,
+    protocol_fields,
+    study_name,
+)
 from degrade.log import Epoch
 from degrade.stopping import stopping
 
 
-@app.command("import")
+@app.command("import", cls=Plain)
 def import_(
-    weights: Annotated[Path, typer.Argument(help="A state dict of PyTorch's (.pt, .pth), or a .safetensors file.")],
-    block: Annotated[str, typer.Option(help="plain, residual or preact.")],
-    depth: Annotated[int, typer.Option(help="6n+2.")],
-    source: Annotated[str, typer.Option(help="Where they are from, and under which licence.")],
-    seed: Annotated[int, typer.Option(help="Tells nets of one depth apart.")] = 0,
-    out: Annotated[Path, typer.Option(help="The folder of results.")] = Path("results"),
-    study: Annotated[str | None, typer.Option(help="Its folder there.", show_default="imported-...")] = None,
-    dataset: Annotated[str, typer.Option(help="What the net was trained on.")] = "cifar10",
-    protocol: Annotated[str, typer.Option(help=f"How, of {', '.join(PROTOCOLS)}.")] = "paper",
+    weights: Annotated[Path, argument("WEIGHTS", "A state dict of PyTorch's (.pt, .pth), or a .safetensors file.")],
+    block: Annotated[str, one_of(BLOCKS, f"{', '.join(BLOCKS)}.")],
+    depth: Annotated[int, option("N", "Layers of the net, 6n+2.", DEPTHS)],
+    source: Annotated[str, option("TEXT", "Where they are from, and under which licence.")],
+    seed: Annotated[int, option("N", "Tells nets of one depth apart.")] = 0,
+    out: Out = Path("results"),
+    study: Annotated[str | None, option("TEXT", "Its folder there.", show_default="imported-...")] = None,
+    dataset: Annotated[str, one_of(DATASETS, "What the net was trained on: cifar10 or shapes.")] = "cifar10",
+    protocol: Annotated[str, one_of(PROTOCOLS, f"How: {', '.join(PROTOCOLS)}.")] = "paper",
     fields: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A field in which that differed.")
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=X", help="A field in which that differed: steps=78125. Can be repeated."),
     ] = None,
     departures: Annotated[
-        list[str] | None, typer.Option("--departure", help="What else differed from the protocol, in words.")
+        list[str] | None,
+        typer.Option(
+            "--departure", metavar="TEXT", help="What else differed from the protocol, in words. Can be repeated."
+        ),
     ] = None,
     mean: Annotated[
         str | None,
-        typer.Option(help="Of pixels / 255, a channel each.", show_default="per pixel, of the training images"),
+        option("X,X,X", "Of pixels / 255, a channel each.", show_default="per pixel, of the training images"),
     ] = None,
     std: Annotated[
-        str | None, typer.Option(help="What pixels / 255 - mean were divided by.", show_default="1,1,1")
+        str | None, option("X,X,X", "What pixels / 255 - mean were divided by.", show_default="1,1,1")
     ] = None,
-    zero_channels: Annotated[str, typer.Option(help=f"Of option A: {' or '.join(ZERO_CHANNELS)}.")] = "appended",
-    key: Annotated[str | None, typer.Option(help="Of the state dict, where the file holds several.")] = None,
-    log: Annotated[Path | None, typer.Option(help="The published log: a CSV with a row an epoch.")] = None,
-    columns: Annotated[str | None, typer.Option(help="Its columns: test_error=test_err,train_error=1-acc,...")] = None,
+    zero_channels: Annotated[str, one_of(ZERO_CHANNELS, f"Of option A: {' or '.join(ZERO_CHANNELS)}.")] = "appended",
+    key: Annotated[str | None, option("TEXT", "Of the state dict, where the file holds several.")] = None,
+    log: Annotated[Path | None, option("FILE", "The published log: a CSV with a row an epoch.")] = None,
+    columns: Annotated[
+        str | None, option("TEXT", "Its columns: test_error=test_err,train_error=1-acc says what is which.")
+    ] = None,
     in_percent: Annotated[bool, typer.Option("--percent", help="Its errors are in percent.")] = False,
     weights_of: Annotated[
-        str | None, typer.Option(help="The epoch the weights are of: last, best on test, or N.", show_default="last")
+        str | None,
+        option("EPOCH", "Which the weights are of: last, best on test, or N.", ("last", "best"), show_default="last"),
     ] = None,
-    claimed_test_error: Annotated[float | None, typer.Option(help="In percent.", show_default="the log's")] = None,
-    claimed_train_error: Annotated[float | None, typer.Option(help="In percent.", show_default="the log's")] = None,
+    claimed_test_error: Annotated[float | None, option("X", "In percent.", show_default="the log's")] = None,
+    claimed_train_error: Annotated[float | None, option("X", "In percent.", show_default="the log's")] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Bring published weights into a study as a run of their own, and measure them.
+    """Bring published weights in as a run, and measure them.
 
-    Example: degrade import resnet20.pth --block residual --depth 20 --source "github.com/o/r, MIT" --mean .49,.48,.45
+    The names in the state dict do not matter. --mean and --std are those of the images that the net was trained on.
+    What is imported stays apart from what is trained here.
+
+    \b
+    Example: degrade import net.pth --block residual --depth 20 --source "me, MIT"
+    Example: degrade import net.pth --block plain --depth 56 --source "me, MIT" \\
+      --mean 0.49,0.48,0.45 --log log.csv --columns test_error=err --percent
     """
     overrides = dict(_assignment(text) for text in fields or [])
     centre, scale = channels(mean, "--mean"), channels(std, "--std") or (1.0, 1.0, 1.0)
@@ -95,8 +129,7 @@ def import_(
     chosen.check([config])
     if (folder / config.run_id / store.LOG).exists():
         leave(f"{folder / config.run_id} is there already, and stays as it is; --seed or --study gives another", 1)
-    if zero_channels not in ZERO_CHANNELS:
-        raise ValueError(f"--zero-channels must be one of {', '.join(ZERO_CHANNELS)}; got {zero_channels!r}")
+    check_is_one_of(ZERO_CHANNELS, "--zero-channels", zero_channels)
     data = weights.read_bytes()
 
     from degrade import data as images
@@ -132,7 +165,7 @@ def import_(
     for what, measure in (("training, clean images", "train_error"), ("test", "test_error")):
         errors = (run.imported[there][measure] for there in ("measured", "claimed"))
         table.add_row(what, *map(terminal.percent, errors))
-    console.print(table)
+    say_table(table)
 
 
 def _assignment(text: str) -> tuple[str, Any]:
@@ -176,20 +209,24 @@ def _published_log(
     return rows, (train, test), [] if row is rows[-1] else [departure]
 
 
-@app.command()
+@app.command(cls=Plain)
 def export(
-    run: Annotated[Path, typer.Argument(help="A run's folder, such as results/cifar10-paper/plain-20-s0-...")],
+    run: Annotated[Path, argument("RUN", "A run's folder, such as results/cifar10-paper/plain-20-s0-...")],
     to: Annotated[
-        Path | None, typer.Option(help="A file, .pt or .safetensors.", show_default="<run id>.pt, here")
+        Path | None, option("FILE", "Ends in .pt, .pth or .safetensors.", show_default="RUN's name and .pt, here")
     ] = None,
     half: Annotated[bool, typer.Option("--half", help="Rounded to float16: half the size.")] = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Write a run's newest weights for others: a state dict, and a JSON file that says what the net is and takes.
+    """Write a run's weights for others.
+
+    A state dict of the newest weights, and beside it a JSON file that says what the net is and takes.
 
     With --half --to RUN/weights.pt a run can be published without its checkpoints, and still be probed.
 
-    Example: degrade export results/shapes-demo/plain-20-s0-f8101586 --to plain-20.safetensors
+    \b
+    Example: degrade export results/shapes-demo/plain-20-s0-f8101586
+    Example: degrade export results/shapes-demo/plain-20-s0-f8101586 --to net.safetensors
     """
     there = open_run(run)
     target = to or Path(f"{there.folder.resolve().name}.pt")
@@ -207,26 +244,30 @@ def export(
         say(str(path))
 
 
-@app.command()
+@app.command(cls=Plain)
 @stopping("stopped; the same command goes on from the last checkpoint")
 def identity(
-    run: Annotated[Path, typer.Argument(help="The folder of a trained run.")],
-    depth: Annotated[int, typer.Option(help="Of the deeper net, 6n+2.")],
-    steps: Annotated[int, typer.Option(help="Train on from there, for so many updates.")] = 0,
-    lr: Annotated[float | None, typer.Option(help="Learning rate, constant.", show_default="the run's last")] = None,
-    out: Annotated[Path | None, typer.Option(help="The folder of results.", show_default="the run's")] = None,
-    study: Annotated[str | None, typer.Option(help="Its folder there.", show_default="...-identity-...")] = None,
+    run: Annotated[Path, argument("RUN", "The folder of a trained run.")],
+    depth: Annotated[int, option("N", "Layers of the deeper net, 6n+2.", DEPTHS)],
+    steps: Annotated[int, option("N", "Train on from there, for so many updates.")] = 0,
+    lr: Annotated[float | None, option("X", "Learning rate, constant.", show_default="the run's last")] = None,
+    out: Annotated[Path | None, option("DIR", "The folder of results.", show_default="the run's")] = None,
+    study: Annotated[
+        str | None, option("TEXT", "Its folder there.", show_default="the run's study and -identity-...")
+    ] = None,
     data_dir: DataDir = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps; of training on.")] = "auto",
-    threads: Annotated[str, typer.Option(help="CPU threads; auto: all cores.")] = "auto",
-    compiled: Annotated[str, typer.Option("--compile", help="on, off, or auto: where it is long.")] = "auto",
+    device: Device = "auto",
+    threads: Annotated[str, auto_or_number("CPU threads; auto: all cores.")] = "auto",
+    compiled: Compiled = "auto",
 ) -> None:
-    """Build a deeper net from a trained one, with identity layers; prove that it is no worse; train on from there.
+    """Build a deeper net that is no worse from a trained one.
 
-    The shallow net is trained on alike beside it, as the control. Training has
-    left the solution where its training error ends more than half a point above
-    that of the construction.
+    The layers added are the identity, and it is proved that no error differs. With --steps it is trained on from there,
+    and the shallow net alike beside it, as the control. Training has left the solution where its training error ends
+    more than half a point above that of the construction.
 
+    \b
+    Example: degrade identity results/a-martyn/plain-20-s0-35fd8051 --depth 56
     Example: degrade identity results/a-martyn/plain-20-s0-35fd8051 --depth 56 --steps 391
     """
     if steps < 0:
@@ -240,7 +281,7 @@ def identity(
     from degrade.weights import load_weights
 
     construction.check(there, depth)
-    results = out or there.folder.resolve().parent.parent
+    results = out or Path(os.path.relpath(there.folder.resolve().parent.parent))
     name = f"{there.study}-identity-{there.config.block}-{there.config.depth}-{depth}-s{there.config.seed}"
     folder = study_folder(results, study if study is not None else name)
     where = data_dir or data.default_data_dir()
@@ -290,7 +331,8 @@ def _protocol(run: store.Run) -> str:
 
 
 def _track(parts: Iterable[Any], what: str, count: int) -> Iterable[Any]:
-    return track(parts, what, count, console=console, disable=not console.is_terminal)
+    with terminal.bar(console) as bar:
+        yield from bar.track(parts, count, description=f"logits of {what}")
 
 
 def open_run(folder: Path) -> store.Run:
