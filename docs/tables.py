@@ -3,18 +3,18 @@
 A page marks its place by `<!-- NAME: written by make tables -->` and `<!-- /NAME -->`. commands.md is written whole.
 """
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pandas as pd
+import typer
+from typer.testing import CliRunner
 
 import degrade
 from degrade import paper, report, store
 from degrade.analysis.verdict import finished, from_trained, verdicts
+from degrade.cli import app
 from degrade.config import PROTOCOLS, RunConfig
 from degrade.terminal import duration, interval_text
 
@@ -107,10 +107,14 @@ def wall_time(name: str) -> Callable[[], str]:
 
 
 def commands_page() -> str:
-    """Every command and option, by typer."""
-    asked = [sys.executable, "-m", "typer", "degrade.cli", "utils", "docs", "--name", "degrade"]
-    asked += ["--title", "Every command and option"]
-    return subprocess.run(asked, check=True, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"}).stdout
+    """What `degrade --help` and each command's `--help` say in 80 columns."""
+    runner = CliRunner(env={"COLUMNS": "80"})
+    group = typer.main.get_command(app)
+    parts = ["# Every command and option\n\nAs `degrade COMMAND --help` says it.\n"]
+    for name in ("", *group.commands):
+        said = runner.invoke(app, [*filter(None, [name]), "--help"], prog_name="degrade").output.strip()
+        parts.append(f"## degrade {name}".rstrip() + f"\n\n```text\n{said}\n```\n")
+    return "\n".join(parts)
 
 
 PLACES: dict[str, Callable[[], str]] = {
