@@ -40,6 +40,8 @@ def test_every_place_is_on_a_page():
     assert set(places) == set(tables.PLACES)
     for text in PAGES.values():
         assert text.count("written by make tables") == len(tables.PLACE.findall(text))
+        for start, written in re.findall(r"^(.*)<!-- [a-z0-9-]+: written by make tables -->(.?)", text, re.MULTILINE):
+            assert bool(start) == bool(written)  # a comment that begins a line ends the paragraph
 
 
 def test_a_number_that_is_changed_by_hand_is_noticed():
