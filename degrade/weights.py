@@ -63,7 +63,10 @@ def load_weights(run: Run, mean: Tensor, path: Path | None = None) -> Trained:
     """
     paths = [path] if path else [there for _, there in reversed(recorded(run))]
     if not paths:
-        raise Failure(f"{run.folder} has no weights ({run.status}): no checkpoint and no {store.WEIGHTS}")
+        raise Failure(
+            f"{run.folder} has no weights ({run.status}): no checkpoint and no {store.WEIGHTS}; "
+            "make it again with another --out"
+        )
     problems = []
     for there in paths:
         try:

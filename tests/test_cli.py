@@ -2,6 +2,9 @@ import csv
 import io
 import json
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -9,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import smoke, write_run
+from rich.console import Console
 
 from degrade import commit, store
 from degrade.cli import app
@@ -285,7 +290,11 @@ class TestBadInput:
             (["--depths", "20", "--steps", "1000000000000"], "steps must be at most 1,000,000,000"),
             (["--depths", "20", "--jobs", "999999999"], "jobs must be from 1 to 1024; got 999999999"),
             (["--depths", "20", "--precision", "tf32", "--device", "cpu"], "precision tf32 needs a GPU that has it"),
-            (["--depth", "20"], "No such option"),
+            (["--depth", "20"], "No such option: --depth. Did you mean --depths? Try: degrade sweep --help"),
+            (["--depths", "20,", "56"], "--depths must be separated by commas, with nothing empty and no space; got"),
+            (["--depths", "20", "--blocks", "Plan"], "got 'Plan'; did you mean plain?"),
+            (["--depths", "20", "--protocol", "dmeo"], "got 'dmeo'; did you mean demo?"),
+            (["--depths", "20", "--grid", "widht=4"], "got 'widht'; did you mean width?"),
         ],
     )
     def test_sweep(self, cli, tmp_path, arguments, message):
@@ -304,7 +313,8 @@ class TestBadInput:
             ("depths = [20]\nblocks = [1]", "blocks must be a list of names; got [1]"),
             ("depths = [20]\nnesterov = true", "nesterov is not a setting; the settings are depths,"),
             ("depths = [20]\nprotocol = 3", "protocol must be a string; got 3"),
-            ("depths = [20]\nlr = 'fast'", "lr must be a number; got 'fast'"),
+            ("depth = [20]", "did you mean depths?"),
+            ("depths = [20]\nlr = 'fast'", "spec.toml: lr must be a number; got 'fast'"),
             ("depths = [20", "spec.toml: "),
         ],
     )
@@ -357,6 +367,29 @@ class TestBadInput:
             name
         ] in result.stdout  # the rest is there
         assert path.read_text() == "step,loss\n1,2\n"
+
+    def test_a_command_misspelt(self, cli):
+        result = cli("swep")
+        assert result.exit_code == 2
+        assert result.stderr == "degrade: No such command 'swep'. Did you mean 'sweep'? Try: degrade --help\n"
+
+    def test_an_option_without_its_value(self, cli):
+        result = cli("sweep", "--lr")
+        assert result.exit_code == 2
+        assert result.stderr == "degrade: Option '--lr' requires an argument. Try: degrade sweep --help\n"
+
+    def test_a_number_that_is_none(self, cli, tmp_path):
+        result = cli("identity", tmp_path, "--depth", "deep")
+        assert result.exit_code == 2
+        assert result.stderr == "degrade: --depth must be a whole number; got 'deep'. Try: degrade identity --help\n"
+        result = cli("identity", tmp_path, "--depth", "14")  # its other numbers have their defaults
+        assert result.stderr == f"degrade: {tmp_path} is not the folder of a run; degrade show tells which there are\n"
+
+    def test_a_file_that_cannot_be_written_is_named_as_it_was_to_be(self, cli, results):
+        (results / "file").touch()
+        result = cli("report", results, "--out", results / "file")
+        assert result.exit_code == 2
+        assert result.stderr == f"degrade: {results / 'file' / 'report.html'}: Not a directory\n"
 
     def test_a_format_nobody_draws(self, cli, results):
         result = cli("plot", results, "--formats", "png,gif")
@@ -469,12 +502,149 @@ def test_plot_writes_to_a_folder_of_choice(cli, results, tmp_path):
     ]
 
 
-def test_commands_are_named_like_their_functions_and_have_an_example(cli):
-    for command in app.registered_commands:
-        name = command.name or command.callback.__name__
-        assert command.callback.__name__ == {"import": "import_"}.get(name, name)  # import is a word of Python's
-        assert f"Example: degrade {name} " in command.callback.__doc__
-        assert cli(name, "--help").exit_code == 0
+NAMES = [command.name or command.callback.__name__ for command in app.registered_commands]
+METAVARS = {"N", "X", "X,X,X", "NAME", "N,...", "NAME,...", "DIR", "FILE", "TEXT", "TIME", "EPOCH", "FIELD=X"}
+
+
+class TestHelp:
+    def test_commands_are_named_like_their_functions(self):
+        for name, command in zip(NAMES, app.registered_commands, strict=True):
+            assert command.callback.__name__ == {"import": "import_"}.get(name, name)  # import is a word of Python's
+
+    @pytest.mark.parametrize("name", ["", *NAMES])
+    def test_every_example_is_a_command_line_and_what_it_reads_is_there(self, cli, name):
+        text = cli(*filter(None, [name]), "--help").stdout.replace("\\\n", "")
+        examples = [line.split("Example: ")[1] for line in text.splitlines() if "Example: " in line]
+        assert examples
+        for words in map(shlex.split, examples):
+            assert words[:2] == ["degrade", name or words[1]]
+            arguments = words[2 : words.index(">") if ">" in words else None]
+            command = typer.main.get_command(app).commands[words[1]]
+            command.make_context(words[1], list(arguments))
+            for argument in arguments:
+                if argument.startswith(("results/", "experiments/")):
+                    assert (ROOT / argument).exists(), argument
+
+    @pytest.mark.parametrize("columns", ["80", "200"])
+    @pytest.mark.parametrize("name", ["", *NAMES])
+    def test_it_fits_80_columns_and_shows_no_types(self, cli, monkeypatch, name, columns):
+        monkeypatch.setenv("COLUMNS", columns)
+        text = cli(*filter(None, [name]), "--help").stdout
+        assert all(len(line) <= 80 for line in text.splitlines()), text
+        assert "<" not in text
+        assert "\x1b" not in text
+
+    def test_the_list_of_commands_is_not_cut_off(self, cli):
+        text = cli("--help").stdout
+        for name, command in zip(NAMES, app.registered_commands, strict=True):
+            first = command.callback.__doc__.partition("\n")[0]
+            assert f"  {name:10}{first}\n" in text
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_every_option_with_a_value_says_what_kind(self, name):
+        for param in typer.main.get_command(app).commands[name].params:
+            assert param.help
+            if param.param_type_name == "option" and not param.is_flag:
+                assert param.metavar in METAVARS | {"FIELD=X,..."}, param.name
+
+
+class TestCompletion:
+    """What the script of bash hands over at Tab, and what it gets."""
+
+    @pytest.mark.parametrize(
+        ("typed", "offered"),
+        [
+            ("sw", "sweep"),
+            ("sweep --proto", "--protocol"),
+            ("sweep --protocol ", "paper short demo smoke"),
+            ("sweep --protocol s", "short smoke"),
+            ("sweep --dataset ", "cifar10 shapes"),
+            ("sweep --blocks plain,", "plain,residual plain,preact"),
+            ("sweep --blocks plain,r", "plain,residual"),
+            ("sweep --depths 20,5", "20,56"),
+            ("sweep --device c", "cpu cuda"),
+            ("sweep --compile o", "on off"),
+            ("sweep --shortcut ", "A B C"),
+            ("probe results/ --probes lesion,l", "lesion,landscape"),
+            ("plot --formats png,", "png,svg png,pdf"),
+            ("identity results/x --depth 5", "56"),
+            ("import net.pt --weights-of ", "last best"),
+            ("bench --precision t", "tf32"),
+            ("sweep exp", ""),  # a path: left to the shell
+            ("show res", ""),
+            ("sweep --out ", ""),
+        ],
+    )
+    def test_of_words(self, cli, monkeypatch, typed, offered):
+        words = ["degrade", *typed.split(" ")]
+        monkeypatch.setenv("_DEGRADE_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", "\n".join(words))
+        monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+        result = cli()
+        assert (result.exit_code, result.stdout.split(), result.stderr) == (0, offered.split(), "")
+
+    def test_in_bash(self, tmp_path):
+        """Its own script, in a real one; and torch is not imported at each Tab."""
+        program = tmp_path / "degrade"
+        program.write_text(
+            f"#!/bin/sh\nexec '{sys.executable}' -X importtime -m degrade \"$@\" 2>'{tmp_path}/imported'\n"
+        )
+        program.chmod(0o755)
+        script = (
+            'eval "$(_DEGRADE_COMPLETE=source_bash degrade)"; complete -p degrade\n'
+            "COMP_WORDS=(degrade sweep --protocol s) COMP_CWORD=3\n"
+            '_degrade_completion degrade; echo "${COMPREPLY[@]}"'
+        )
+        path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, env=os.environ | path)
+        assert result.stdout.splitlines() == ["complete -o default -F _degrade_completion degrade", "short smoke"]
+        imported = (tmp_path / "imported").read_text()
+        assert "degrade.cli" in imported
+        assert not re.search(r"\| +(torch|pandas|matplotlib|numpy)$", imported, re.MULTILINE)
+
+    def test_the_words_offered_are_those_that_are_taken(self):
+        from degrade import plots, probe
+        from degrade.cli import options
+
+        assert options.PROBES == probe.PROBES
+        assert options.FORMATS == plots.FORMATS
+
+
+class TestWidth:
+    @pytest.mark.parametrize("name", ["show", "verdict", "check"])
+    def test_a_file_is_the_same_whatever_the_terminal(self, cli, results, monkeypatch, name):
+        texts = []
+        for columns in ("20", "80", "200"):
+            monkeypatch.setenv("COLUMNS", columns)
+            texts.append(cli(name, results).stdout)
+        assert texts[0] == texts[1] == texts[2]
+        assert "…" not in texts[0]
+        assert "\x1b" not in texts[0]
+        assert all(line == line.rstrip() for line in texts[0].splitlines())
+        if name == "show":
+            assert smoke("residual", 14, 1).run_id in texts[0]
+
+    def test_a_sentence_wraps_between_words_on_a_terminal_and_a_path_nowhere(self, capsys, monkeypatch):
+        commands = sys.modules["degrade.cli.app"]
+        monkeypatch.setattr(commands, "console", Console(width=30, force_terminal=True))
+        commands.say("training has left the solution, and so on")
+        commands.say(f"results/{'x' * 40} is there")
+        first, second, third = capsys.readouterr().out.splitlines()
+        assert (first.rstrip(), second) == ("training has left the", "solution, and so on")
+        assert third == f"results/{'x' * 40} is there"
+
+
+def test_ctrl_c_while_modules_are_imported_is_no_traceback():
+    script = (
+        "import importlib.abc, os, signal, sys\n"
+        "class Stop(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'degrade.cli.sweep': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "import degrade.cli\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import os
 
@@ -99,6 +100,35 @@ def test_plain_lines_where_there_is_no_terminal(runs):
         "plain-8-s1: ValueError: why (train.py, line 7, in update)",
         "residual-8-s1 diverged: its training loss is nan",
     ]
+
+
+def test_plain_lines_on_a_terminal_that_cannot_draw_anew(runs):
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, _environ={"TERM": "dumb"})
+    with view(runs, console) as shown:
+        for run, event in scripted(runs):
+            shown.show(run, event)
+    assert "plain-8-s0  epoch 3/3  step 24/24  train 25.00 %  test 75.00 %  done" in console.file.getvalue()
+    assert "━" not in console.file.getvalue()
+
+
+def test_the_live_table_goes_at_the_end_but_stays_where_it_was_stopped(runs):
+    for stop in (None, KeyboardInterrupt):
+        console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True, _environ={"TERM": "xterm"})
+        shown = view(runs, console)
+        with contextlib.suppress(KeyboardInterrupt), shown:
+            shown.show(runs[0], Event(0, "started"))
+            if stop:
+                raise stop
+        assert shown.live.transient is (stop is None)
+
+
+def test_the_bars_of_the_live_table_take_what_a_wide_terminal_has(runs):
+    for width, length in ((80, 14), (100, 34), (200, 50)):
+        console = Console(file=io.StringIO(), width=width, height=24, force_terminal=True, color_system=None)
+        shown = view(runs, console)
+        shown.show(runs[0], Event(0, "started"))
+        console.print(shown._render())
+        assert console.file.getvalue().splitlines()[1].count("╌") == length
 
 
 def test_a_run_that_another_process_has_is_waited_for_and_then_done(runs):

@@ -82,7 +82,8 @@ def main() -> None:
     except Failure as error:
         leave(str(error), 1)
     except OSError as error:
-        reason = ": ".join(filter(None, (str(error.filename or ""), error.strerror or str(error))))
+        name = re.sub(r"\.([^/]+)\.[0-9a-f]{8}\.partial$", r"\1", str(error.filename or ""))  # what was being written
+        reason = ": ".join(filter(None, (name, error.strerror or str(error))))
         leave(reason, 2 if error.errno in NO_PATH else 1)
     except (KeyboardInterrupt, typer.Abort):
         leave("stopped", 130)

@@ -126,8 +126,10 @@ def probe(
         found, left_out = engine.find_parts(study, runs, chosen, wish)
         parts += found
         damaged += left_out
+    if not parts and damaged:
+        raise Failure(damaged[0])
     if not parts:
-        raise Failure(damaged[0]) if damaged else ValueError(f"{results} holds no such run that is done")
+        raise ValueError(f"{results} holds no such run that is done; degrade show {results} tells which there are")
     machine = machine_of(resolve_device(device), [], "1", threads, "1", "off")
     prepare_process(machine.threads, machine.device)
 

@@ -226,7 +226,8 @@ def export(
 
     \b
     Example: degrade export results/shapes-demo/plain-20-s0-f8101586
-    Example: degrade export results/shapes-demo/plain-20-s0-f8101586 --to net.safetensors
+    Example: degrade export results/shapes-demo/plain-20-s0-f8101586 \\
+      --to net.safetensors
     """
     there = open_run(run)
     target = to or Path(f"{there.folder.resolve().name}.pt")
@@ -268,7 +269,8 @@ def identity(
 
     \b
     Example: degrade identity results/a-martyn/plain-20-s0-35fd8051 --depth 56
-    Example: degrade identity results/a-martyn/plain-20-s0-35fd8051 --depth 56 --steps 391
+    Example: degrade identity results/a-martyn/plain-20-s0-35fd8051 --depth 56 \\
+      --steps 391
     """
     if steps < 0:
         raise ValueError(f"--steps must be at least 0; got {steps}")
