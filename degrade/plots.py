@@ -181,7 +181,8 @@ def draw_curves(epochs: "pd.DataFrame") -> Figure:
     for ax, block in zip(axes, blocks, strict=True):
         curves(ax, epochs, block).set_title(f"{block} nets", fontsize=10)
     axes[0].set_ylabel("error")
-    figure.suptitle(f"Training error (clean images, eval mode) and test error\n{_describe(epochs)}", fontsize=10)
+    how = "as its source logged it" if epochs["imported"].iloc[0] else "clean images, eval mode"
+    figure.suptitle(f"Training error ({how}) and test error\n{_describe(epochs)}", fontsize=10)
     entries: dict[str, Artist] = {}
     for ax in axes:
         handles, labels = ax.get_legend_handles_labels()

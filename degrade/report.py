@@ -110,8 +110,8 @@ READINGS = {
     ),
     "lesion": Reading(
         "Lesions",
-        "Test error of trained nets after some of their blocks were deleted. Residual nets hardly notice one block; "
-        "plain nets fall towards chance.",
+        "Test error of trained nets after some of their blocks were deleted. Deep residual nets hardly notice one "
+        "block; plain nets fall towards chance.",
         "Veit et al. 2016, arXiv:1605.06431",
     ),
     "landscape": Reading(

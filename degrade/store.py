@@ -122,7 +122,7 @@ class Run:
         try:
             config = RunConfig.from_dict(values)
         except ValueError as error:
-            raise Failure(f"{folder / CONFIG}: {error}") from None
+            raise Failure(f"{folder / CONFIG}: {error}; restore it, or delete its folder and sweep again") from None
         if (identity := run_id(values)) != folder.name:
             raise Failure(f"{folder / CONFIG} was edited, or its folder renamed: it belongs to {identity}")
         return cls(study, folder, config)

@@ -97,7 +97,7 @@ def resolve_device(device: str) -> str:
         ValueError: an unknown device, or one that is not there.
     """
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"  # mps is untested, and has to be asked for
     try:
         kind, index = torch.device(device).type, torch.device(device).index or 0
     except RuntimeError:

@@ -74,10 +74,10 @@ def plan_table(runs: Sequence[Run], seconds: Mapping[str, float]) -> Table:
             plan = f"waited for, {run.holder}"
         elif status == "failed" and config.run_id in seconds:
             plan = "retried"
-        time_needed = duration(seconds[config.run_id]) if run.folder.name in seconds else "-"
+        time_needed = duration(seconds[config.run_id]) if config.run_id in seconds else "-"
         style = STYLES.get(status)
         table.add_row(
-            config.run_id, config.block, str(config.depth), str(config.seed), Text(plan, style or ""), time_needed
+            run.folder.name, config.block, str(config.depth), str(config.seed), Text(plan, style or ""), time_needed
         )
     return table
 

@@ -163,10 +163,12 @@ class TestSweep:
             tmp_path,
             "--dry-run",
         )
-        result = cli(*arguments)
         tf32 = RunConfig(block="plain", depth=8, seed=0, precision="tf32", **PROTOCOLS["smoke"])
-        assert "cifar10-smoke: 1 run, 1 to train" in result.stdout
-        assert tf32.run_id in result.stdout
+        for result in (cli(*arguments), cli(*arguments, "--precision", "tf32")):
+            assert "cifar10-smoke: 1 run, 1 to train" in result.stdout
+            assert tf32.run_id in result.stdout
+        for other in ("fp32", "bf16"):  # which the default's study could not hold
+            assert f"cifar10-smoke-precision{other}: 1 run" in cli(*arguments, "--precision", other).stdout
         begun = RunConfig(block="plain", depth=8, seed=0, **PROTOCOLS["smoke"])
         write_run(tmp_path / "cifar10-smoke", begun, [])
         assert begun.run_id in cli(*arguments).stdout

@@ -261,6 +261,7 @@ class TestCifar10:
             data.fetch("cifar10", tmp_path)
         message = str(error.value)
         assert "\n" not in message
+        assert "urlopen" not in message
         for part in ("missing", str(tmp_path), "no network", "--data-dir", "DEGRADE_DATA", "--dataset shapes"):
             assert part in message
 

@@ -141,7 +141,7 @@ class TestSweep:
         (["--grid", ""], "--grid must be a field and its values"),
         (["--grid", "=1"], "a grid is over fields of the protocol (dataset, width, "),
         (["--grid", "nesterov=1"], "a grid is over fields of the protocol (dataset, width, "),
-        (["--grid", "lr="], "--grid lr must be separated by commas, with nothing empty; got ''"),
+        (["--grid", "lr="], "--grid lr must be separated by commas, with nothing empty and no space; got ''"),
         (["--grid", "lr=0.1,,0.2"], "--grid lr must be separated by commas, with nothing empty"),
         (["--grid", "lr=0.1,fast"], "lr must be a number; got 'fast'"),
         (["--grid", "lr=0.1,nan"], "lr must be a finite number of at least 0; got nan"),

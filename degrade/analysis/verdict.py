@@ -20,7 +20,7 @@ from degrade.store import FINISHED, Study
 if TYPE_CHECKING:
     import pandas as pd
 
-MARGIN = 0.005  # a rise of at most half a percentage point does not count as degradation
+MARGIN = 0.005  # how far above 0 an interval that does not lie above 0 may end without being undecided
 CONFIDENCE = 0.95
 CONTRAST = "plain-residual"
 ORDER = (*BLOCKS, CONTRAST)

@@ -213,6 +213,7 @@ def sweep(
     from degrade import sweep as engine
 
     device = engine.resolve_device(device)
+    studies = _studies(wanted, axes, engine.default_precision(device))
     plans = []
     for asked in studies:
         chosen, configs = _open(study_folder(out, asked.name), asked, nets, device)
@@ -284,8 +285,8 @@ def _axis(name: str, values: Any) -> list[Any]:
     return axis
 
 
-def _studies(wanted: dict[str, Any], axes: Mapping[str, list[Any]]) -> list[Asked]:
-    """A study for each point of the grid; one where there is none."""
+def _studies(wanted: dict[str, Any], axes: Mapping[str, list[Any]], usual: str = "fp32") -> list[Asked]:
+    """A study for each point of the grid; one where there is none. `usual` is the precision that no name says."""
     if (size := math.prod(map(len, axes.values()))) > MAX_STUDIES:
         raise ValueError(f"a grid must make at most {MAX_STUDIES} studies; got {size:,}")
     studies = []
@@ -294,7 +295,10 @@ def _studies(wanted: dict[str, Any], axes: Mapping[str, list[Any]]) -> list[Aske
         fields = {"dataset": "cifar10", "protocol": "paper", "study": None} | wanted | point
         dataset, protocol, name = str(fields.pop("dataset")), str(fields.pop("protocol")), fields.pop("study")
         if name is None:
-            name = study_name(dataset, protocol, overridden(protocol, fields))
+            named = overridden(protocol, fields) | {"precision": fields.get("precision", usual)}
+            if named["precision"] == usual:
+                del named["precision"]
+            name = study_name(dataset, protocol, named)
         else:
             name = "-".join([name, *name_parts(point)])
         studies.append(Asked(name, dataset, protocol, fields))

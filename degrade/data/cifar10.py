@@ -55,7 +55,7 @@ def fetch(data_dir: Path) -> None:
             if problems := _read(data_dir)[1]:  # none, where another process has fetched them meanwhile
                 _mend(data_dir, problems)
     except (OSError, RuntimeError, HTTPException) as error:
-        reason = " ".join(str(error).split())  # a server can put newlines in it
+        reason = " ".join(str(getattr(error, "reason", error)).split())  # a server can put newlines in it
         raise Failure(_advice(data_dir, reason or type(error).__name__)) from None
 
 
