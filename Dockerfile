@@ -5,7 +5,7 @@
 #   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD/results:/work/results" -v "$PWD/data:/data" \
 #     degrade sweep experiments/short.toml
 #
-# With --gpus all it trains on the GPUs. Any uid will do: what is written to results/ and data/ belongs to it.
+# With --gpus all it is to train on the GPUs (not tested yet). Any uid will do: what is written to results/ and data/ belongs to it.
 # docker stop ends a sweep with exit code 143, and the same command goes on where it was.
 
 FROM debian:trixie-slim
