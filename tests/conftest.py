@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ from degrade.cli import main
 from degrade.config import PROTOCOLS, RunConfig
 from degrade.data import cifar10
 from degrade.log import Epoch, to_csv
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job; tests send Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SOAK = os.environ.get("DEGRADE_SOAK") == "1"  # what `make soak` sets
 TALLY: dict[tuple[str, str], int] = {}

@@ -378,7 +378,7 @@ MUTATIONS = [
         "weights",
         "imported weights are not held against what was imported",
         "degrade/weights.py",
-        'run.imported.get("weights") != sha256',
+        "sha256 != store.weights_sha256(run.folder)",
         "False",
         "tests/test_published.py::TestCommands::test_weights_that_were_changed_are_not_used",
     ),

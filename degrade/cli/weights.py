@@ -283,7 +283,8 @@ def identity(
     from degrade.weights import load_weights
 
     construction.check(there, depth)
-    results = out or Path(os.path.relpath(there.folder.resolve().parent.parent))
+    beside = there.folder.resolve().parent.parent
+    results = out or (beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
     name = f"{there.study}-identity-{there.config.block}-{there.config.depth}-{depth}-s{there.config.seed}"
     folder = study_folder(results, study if study is not None else name)
     where = data_dir or data.default_data_dir()
