@@ -2,7 +2,7 @@
 #
 #   docker build -t degrade .
 #   mkdir -p results data
-#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD/results:/work/results" -v "$PWD/data:/data" \
+#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD/results:/study/results" -v "$PWD/data:/data" \
 #     degrade sweep experiments/short.toml
 #
 # With --gpus all it is to train on the GPUs (not tested yet). Any uid will do: what is written to results/ and data/ belongs to it.
@@ -31,7 +31,7 @@ RUN pip install --no-cache-dir --no-build-isolation -c constraints.txt '.[safete
 
 # Whoever --user names has no account here, hence no name and no home: caches go to /tmp. Without a mount the folders
 # are anyone's too, as they are in a new named volume.
-WORKDIR /work
+WORKDIR /study
 COPY experiments experiments
 RUN mkdir results /data && chmod 1777 . results /data && chmod -R a+rX experiments
 ENV HOME=/tmp USER=degrade DEGRADE_DATA=/data NVIDIA_DRIVER_CAPABILITIES=compute,utility
