@@ -270,8 +270,7 @@ def _problem(log: bytes, config: RunConfig, state: State | None, *, gaps: bool) 
 
 def _weights(folder: Path) -> Iterator[Finding]:
     """Of weights.pt, if it is there; what is imported stays out of git, and may be missing."""
-    path = folder / store.WEIGHTS
-    record = next((p for p in (folder / store.IMPORTED, path.with_name(f"{path.name}.json")) if p.exists()), path)
+    path, record = folder / store.WEIGHTS, store.weights_record(folder)
     try:
         expected = store.weights_sha256(folder)
         found = hashlib.sha256(path.read_bytes()).hexdigest()

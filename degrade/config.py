@@ -15,6 +15,7 @@ DECAYS = ("all", "conv")
 PRECISIONS = ("fp32", "tf32", "bf16")
 INITS = ("he", "zero-gamma")
 PADDINGS = ("mean", "black")
+PROBES = ("responses", "gradients", "lesion", "landscape", "bn")  # what `degrade probe` measures
 ZERO_CHANNELS = ("appended", "both-sides")  # of option A, in weights that are imported
 IDENTITY = re.compile(r"identity:[a-z]+-[0-9]+-s[0-9]+-[0-9a-f]{8}:[0-9a-f]{12}")  # the run, and a hash of its weights
 

@@ -27,7 +27,7 @@ from degrade.analysis.lesion import lesion, lesion_rows
 from degrade.analysis.responses import responses
 from degrade.analysis.statistics import bn_rows, recalibrated
 from degrade.bench import median_seconds
-from degrade.config import INITS, RunConfig, blocks_per_stage
+from degrade.config import INITS, PROBES, RunConfig, blocks_per_stage
 from degrade.data import Images, Splits, stratified
 from degrade.data.plan import Batch, SamplePlan, normalise
 from degrade.engine.process import set_precision
@@ -37,7 +37,6 @@ from degrade.store import Run, Study, read_json, to_json
 from degrade.train import load_splits, training_batch
 from degrade.weights import Trained, load_weights, make_net
 
-PROBES = ("responses", "gradients", "lesion", "landscape", "bn")
 OF_FRESH_NETS = ("responses", "gradients", "landscape")  # the others need a net that is better than chance
 IMAGES = {"responses": 1000, "gradients": 512, "lesion": 1000, "landscape": 1000}  # bn: all
 BATCH = 128  # the paper's, whatever the run's: what batch normalisation does depends on it

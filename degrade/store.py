@@ -56,16 +56,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def weights_record(folder: Path) -> Path:
+    """The file that says what the SHA-256 of a run's weights.pt must be: of its import, else of its export."""
+    imported = folder / IMPORTED
+    return imported if imported.exists() else folder / f"{WEIGHTS}.json"
+
+
 def weights_sha256(folder: Path) -> str | None:
-    """What the SHA-256 of a run's weights.pt must be, as `degrade import` or `degrade export` recorded it.
+    """What the SHA-256 of a run's weights.pt must be; None where nothing says so.
 
     Raises:
         Failure: the record is damaged.
     """
-    for name, key in ((IMPORTED, "weights"), (f"{WEIGHTS}.json", "sha256")):
-        if (folder / name).exists():
-            return read_json(folder / name).get(key)
-    return None
+    record = weights_record(folder)
+    return read_json(record).get("weights" if record.name == IMPORTED else "sha256") if record.exists() else None
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:

@@ -20,7 +20,8 @@ from degrade.terminal import duration, interval_text
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("[!c]*.md"))]  # all but commands.md
+COMMANDS = ROOT / "docs" / "commands.md"
+PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").glob("*.md")) - {COMMANDS})]
 PLACE = re.compile(r"<!-- ([a-z0-9-]+): written by make tables -->.*?<!-- /\1 -->", re.DOTALL)
 ORDER = ("cifar10-paper", "cifar10-short", "cifar10-demo", "shapes-demo")  # what says most goes first
 NOT_YET = "not measured yet"
@@ -62,9 +63,7 @@ def paper_table() -> str:
             (
                 f"{block}-{depth}",
                 pair(theirs.train_error, theirs.test_error) if theirs else "> 60",
-                " / ".join(report.span_text(span) for span in spans)
-                if any(spans := paper.spread(block, depth))
-                else "-",
+                " / ".join(report.span_text(span) for span in spans) if any(spans) else "-",
                 means(own[own["study"] == "a-martyn"]) or "-",
                 means(own[own["study"] == "cifar10-paper"]) or NOT_YET,
             )
@@ -168,4 +167,4 @@ def renewed(text: str) -> str:
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(renewed(page.read_text()))
-    (ROOT / "docs" / "commands.md").write_text(commands_page())
+    COMMANDS.write_text(commands_page())

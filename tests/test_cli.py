@@ -607,8 +607,9 @@ class TestCompletion:
     def test_the_words_offered_are_those_that_are_taken(self):
         from degrade import plots, probe
         from degrade.cli import options
+        from degrade.cli.probe import PROBES
 
-        assert options.PROBES == probe.PROBES
+        assert PROBES == probe.PROBES
         assert options.FORMATS == plots.FORMATS
 
 

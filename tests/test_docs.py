@@ -64,7 +64,7 @@ def test_no_measured_number_is_written_by_hand(page):
 
 
 def test_the_page_of_commands_is_that_of_the_program():
-    assert (ROOT / "docs" / "commands.md").read_text() == tables.commands_page(), "run make tables"
+    assert tables.COMMANDS.read_text() == tables.commands_page(), "run make tables"
 
 
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])

@@ -13,7 +13,6 @@ import typer
 
 from degrade.config import PRECISIONS
 
-PROBES = ("responses", "gradients", "lesion", "landscape", "bn")
 FORMATS = ("png", "svg", "pdf")
 DEPTHS = ("20", "32", "44", "56", "110")  # the paper's
 

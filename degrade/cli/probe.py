@@ -27,7 +27,6 @@ from degrade.cli.app import (
 from degrade.cli.options import (
     DEPTHS,
     FORMATS,
-    PROBES,
     DataDir,
     Device,
     Formats,
@@ -37,7 +36,7 @@ from degrade.cli.options import (
     numbers_of,
     option,
 )
-from degrade.config import BLOCKS, RunConfig
+from degrade.config import BLOCKS, PROBES, RunConfig
 from degrade.errors import Failure
 from degrade.stopping import stopping
 
