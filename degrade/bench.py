@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from degrade.config import DATASETS, PROTOCOLS, RunConfig
+from degrade.config import PROTOCOLS, RunConfig
 from degrade.data import Images, Splits
 from degrade.engine.process import prepare_process
 from degrade.evaluate import BATCH_SIZES
@@ -131,13 +131,13 @@ def makespan(seconds: Sequence[float], jobs: int) -> float:
 
 def on_noise(config: RunConfig, device: str, *, compiled: bool = False, graphs: bool = True) -> Training:
     """A run on a few made-up images."""
-    classes = DATASETS[config.dataset].num_classes
+    classes, size = config.num_classes, config.image_size
     count = 2 * BATCH_SIZES.get(torch.device(device).type, 128)
-    pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, device=device)
+    pixels = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, device=device)
     labels = torch.randint(classes, (count,), device=device)
     images = Images(pixels, labels)
     none = Images(pixels[:0], labels[:0])
-    splits = Splits(images, none, images, torch.zeros(3, 32, 32, device=device), classes)
+    splits = Splits(images, none, images, torch.zeros(3, size, size, device=device), classes)
     return Training(config, splits, device, compiled=compiled, graphs=graphs)
 
 

@@ -160,7 +160,7 @@ def _study(folder: Path, runs: list[Path]) -> tuple[dict[str, Any] | None, list[
 
 def _study_file(shared: dict[str, Any], imported: bool) -> bytes:
     """Its protocol is the one that the runs differ from least."""
-    protocol = min(PROTOCOLS, key=lambda name: len(overridden(name, shared)))
+    protocol = min(PROTOCOLS, key=lambda name: len(overridden(name, shared, str(shared["dataset"]))))
     return to_json({"protocol": protocol, "shared": shared} | ({"imported": True} if imported else {}))
 
 

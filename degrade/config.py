@@ -20,21 +20,56 @@ ZERO_CHANNELS = ("appended", "both-sides")  # of option A, in weights that are i
 IDENTITY = re.compile(r"identity:[a-z]+-[0-9]+-s[0-9]+-[0-9a-f]{8}:[0-9a-f]{12}")  # the run, and a hash of its weights
 
 
+AUGMENTS = ("crop-flip", "crop", "none")
+
+
 class Dataset(NamedTuple):
-    """How many images and classes a data set has."""
+    """How many images and classes a data set has, their height and width, and how they are usually augmented."""
 
     train_images: int
     test_images: int
     num_classes: int
+    image_size: int = 32
+    augment: str = "crop-flip"
 
 
-DATASETS = {"cifar10": Dataset(50_000, 10_000, 10), "shapes": Dataset(10_000, 2_000, 10)}
+DATASETS = {
+    "cifar10": Dataset(50_000, 10_000, 10),
+    "cifar100": Dataset(50_000, 10_000, 100),
+    "svhn": Dataset(73_257, 26_032, 10, augment="crop"),  # digits: mirrored, they are no digits
+    "fashion-mnist": Dataset(60_000, 10_000, 10, 28),
+    "mnist": Dataset(60_000, 10_000, 10, 28, "crop"),
+    "shapes": Dataset(10_000, 2_000, 10),
+}
+# folder:NAME:TRAINING+TEST IMAGES:CLASSES:SIZE:HASH, where the hash is of the decoded images and their labels
+FOLDER = re.compile(r"folder:([a-z0-9._-]{1,40}):([0-9]{1,9})\+([0-9]{1,9}):([0-9]{1,6}):([0-9]{1,4}):([0-9a-f]{12})")
 MAX_DEPTH = 10_000
 LIMITS = {"steps": 10**9, "batch_size": 2**16, "width": 2**10}  # far beyond any use
 MAX_SEED = 2**32 - 1
 
 # What may differ between the runs of one study. Everything else is the study's protocol.
 SWEPT = ("block", "depth", "seed")
+
+
+def dataset_of(name: str) -> Dataset:
+    """A data set by its name; of a folder of images, the name itself says how many there are.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if match := FOLDER.fullmatch(name):
+        train, test, classes, size = map(int, match.groups()[1:5])
+        return Dataset(train, test, classes, size)
+    if name.startswith("folder:"):
+        raise ValueError(f"a folder of images is known by what is in it, folder:NAME:...; got {name!r}")
+    check_is_one_of(DATASETS, "dataset", name)
+    return DATASETS[name]
+
+
+def short_name(dataset: str) -> str:
+    """What a data set is called where there is little room: `flowers` for `folder:flowers:...`."""
+    match = FOLDER.fullmatch(dataset)
+    return match[1] if match else dataset
 
 
 def blocks_per_stage(depth: int) -> int:
@@ -58,7 +93,8 @@ class RunConfig:
         block: "plain", "residual", or "preact": residual with BN and ReLU before the convolutions (He et al. 2016b).
         depth: weight layers, 6n+2.
         seed: of the initial weights and of the order, crops and flips of the images.
-        dataset: "cifar10" or "shapes".
+        dataset: "cifar10", "cifar100", "svhn", "fashion-mnist", "mnist", "shapes", or the full name of a folder of
+            images (`degrade.data.folder.prepare`).
         width: channels of the first stage.
         shortcut: "A" (zero padding), "B" (projection where the shape changes) or "C" (everywhere);
             plain nets have none.
@@ -84,6 +120,9 @@ class RunConfig:
         decay: "all" parameters, or "conv": the weights of convolutions and the linear layer only.
         precision: "fp32"; "tf32" (of convolutions, on GPUs that have it); or "bf16" (of convolutions and the
             linear layer, with weights, gradients and statistics in fp32).
+        augment: of the training images: "crop-flip", the paper's: 4 pixels of padding on each side, a random crop,
+            mirrored or not; "crop": the same, never mirrored; "none"; or "", which becomes what is usual for the
+            data set, "crop" for digits and "crop-flip" for all others.
 
     Raises:
         ValueError: naming the field, the rule and the value.
@@ -113,18 +152,21 @@ class RunConfig:
     weight_decay: float = 1e-4
     decay: str = "all"
     precision: str = "fp32"
+    augment: str = ""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, typed(field.name, getattr(self, field.name)))
         blocks_per_stage(self.depth)
+        known = dataset_of(self.dataset)
+        object.__setattr__(self, "augment", self.augment or known.augment)
         for name, allowed in (
             ("block", BLOCKS),
-            ("dataset", tuple(DATASETS)),
             ("shortcut", SHORTCUTS),
             ("padding", PADDINGS),
             ("decay", DECAYS),
             ("precision", PRECISIONS),
+            ("augment", AUGMENTS),
         ):
             check_is_one_of(allowed, name, getattr(self, name))
         if not IDENTITY.fullmatch(self.init):
@@ -146,7 +188,6 @@ class RunConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number of at least 0; got {value}")
-        known = DATASETS[self.dataset]
         if self.val_images + (self.train_images or 1) > known.train_images:
             asked = f"{self.train_images or 1} + {self.val_images}"
             raise ValueError(
@@ -166,12 +207,21 @@ class RunConfig:
     @property
     def training_set_size(self) -> int:
         """How many images the net trains on."""
-        return self.train_images or DATASETS[self.dataset].train_images - self.val_images
+        return self.train_images or dataset_of(self.dataset).train_images - self.val_images
 
     @property
     def test_set_size(self) -> int:
         """How many images the net is tested on."""
-        return self.test_images or DATASETS[self.dataset].test_images
+        return self.test_images or dataset_of(self.dataset).test_images
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images, in pixels."""
+        return dataset_of(self.dataset).image_size
+
+    @property
+    def num_classes(self) -> int:
+        return dataset_of(self.dataset).num_classes
 
     @property
     def epochs(self) -> int:
@@ -297,16 +347,22 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 
 
-def protocol_fields(protocol: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def protocol_fields(protocol: str, overrides: Mapping[str, Any], dataset: str = "cifar10") -> dict[str, Any]:
     """The shared fields of a study: the protocol's, then `overrides`.
 
-    `steps` given without `milestones` moves the milestones to half and three quarters of it.
+    `steps` given without `milestones` moves the milestones to half and three quarters of it. Where the data set has
+    fewer images than the protocol takes, all are taken.
 
     Raises:
-        ValueError: an unknown protocol.
+        ValueError: an unknown protocol or data set.
     """
     check_is_one_of(PROTOCOLS, "protocol", protocol)
-    values = PROTOCOLS[protocol] | dict(overrides)
+    known = dataset_of(dataset)
+    values = dict(PROTOCOLS[protocol])
+    for name, there in (("train_images", known.train_images), ("test_images", known.test_images)):
+        if values.get(name, 0) > there:
+            del values[name]
+    values |= overrides
     if "steps" in overrides and "milestones" not in overrides and isinstance(values["steps"], int):
         values["milestones"] = usual_milestones(values["steps"])
     return values
@@ -317,20 +373,26 @@ def usual_milestones(steps: int) -> tuple[int, ...]:
     return tuple(sorted({steps // 2, steps * 3 // 4} - {0}))
 
 
-def overridden(protocol: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The `fields` that differ from the protocol's own.
+def overridden(protocol: str, fields: Mapping[str, Any], dataset: str = "cifar10") -> dict[str, Any]:
+    """The `fields` that differ from the protocol's own, on this data set.
 
     Raises:
-        ValueError: an unknown protocol.
+        ValueError: an unknown protocol or data set.
     """
-    base = RunConfig(block="plain", depth=20, seed=0, **protocol_fields(protocol, {})).shared()
+    base = _shared(protocol, dataset)
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}  # as JSON
     return {name: fields[name] for name, value in plain.items() if value != base[name]}
 
 
+def _shared(protocol: str, dataset: str) -> dict[str, Any]:
+    """The shared fields of a study of the protocol itself."""
+    values = protocol_fields(protocol, {}, dataset)
+    return RunConfig(block="plain", depth=20, seed=0, dataset=dataset, **values).shared()
+
+
 def study_name(dataset: str, protocol: str, overrides: Mapping[str, Any]) -> str:
     """The default name of a study: data set, protocol and what is overridden, such as `cifar10-demo-lr0.05`."""
-    return "-".join([dataset, protocol, *name_parts(overrides)])
+    return "-".join([short_name(dataset), protocol, *name_parts(overrides)])
 
 
 def name_parts(overrides: Mapping[str, Any]) -> list[str]:
@@ -344,8 +406,7 @@ def spelt(value: Any) -> str:
 
 
 def matches_protocol(shared: Mapping[str, Any], protocol: str) -> bool:
-    """Whether a study's shared fields are exactly the protocol's, whatever the data set and the precision."""
+    """Whether a study's shared fields are exactly the protocol's on its data set, whatever the precision."""
     if protocol not in PROTOCOLS:
         return False
-    reference = RunConfig(block="plain", depth=20, seed=0, **PROTOCOLS[protocol]).shared()
-    return all(shared.get(name) == value for name, value in reference.items() if name not in ("dataset", "precision"))
+    return set(overridden(protocol, shared, str(shared["dataset"]))) <= {"precision"}

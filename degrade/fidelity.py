@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from degrade import paper
-from degrade.config import DATASETS
+from degrade.config import dataset_of
 
 
 class Departure(NamedTuple):
@@ -60,6 +60,11 @@ def _shortcut(value: Any) -> str:
     return f"{value}: {where[value]}"
 
 
+def _augment(value: Any) -> str:
+    crop = "random crops from 4 pixels of padding"
+    return {"crop-flip": f"{crop}, mirrored or not", "crop": f"{crop}, never mirrored", "none": "none"}[str(value)]
+
+
 def _precision(value: Any) -> str:
     return f"{value}{' (convolutions, on GPUs)' if value == 'tf32' else ''}"
 
@@ -83,6 +88,7 @@ PUBLISHED: dict[str, tuple[str, Any, Callable[[Any], str]]] = {
     "momentum": ("momentum", 0.9, _number),
     "weight_decay": ("weight decay", 1e-4, _number),
     "precision": ("precision", "fp32", _precision),
+    "augment": ("augmentation", "crop-flip", _augment),
 }
 
 
@@ -113,7 +119,7 @@ def departures(shared: Mapping[str, Any], imported: Mapping[str, Any] | None = N
 def _choices(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(what, what the paper says, what is done here)"""
     held_out = values["val_images"]
-    size = values["train_images"] or DATASETS[values["dataset"]].train_images - held_out
+    size = values["train_images"] or dataset_of(values["dataset"]).train_images - held_out
     decayed = {"all": "all parameters", "conv": "weights of convolutions and the linear layer only"}[values["decay"]]
     padded = {"mean": "after", "black": "before"}[values["padding"]]
     choices = [

@@ -23,7 +23,7 @@ from matplotlib.ticker import (
 from degrade import paper
 from degrade.analysis.verdict import Grid, chance_error, finished, from_trained
 from degrade.commit import make_folder, write_file
-from degrade.config import BLOCKS, spelt
+from degrade.config import BLOCKS, short_name, spelt
 from degrade.log import Epoch
 from degrade.store import FINISHED
 
@@ -349,7 +349,7 @@ def _describe(epochs: "pd.DataFrame", field: str = "") -> str:
     steps = f": {parts.pop('steps')}" if "steps" in parts else ""
     protocols = epochs["protocol"].str.removesuffix(", changed") if field else epochs["protocol"]
     protocol = " and ".join(dict.fromkeys(protocols))
-    text = f"{row['dataset']}, protocol {protocol}{steps}\n{', '.join([*parts.values(), seeds])}"
+    text = f"{short_name(row['dataset'])}, protocol {protocol}{steps}\n{', '.join([*parts.values(), seeds])}"
     lost = epochs[epochs["status"] == "diverged"]
     names = sorted({f"{r.block}-{r.depth}-s{r.seed}{f' of {r.study}' if field else ''}" for r in lost.itertuples()})
     if row["imported"]:

@@ -279,10 +279,10 @@ def choose(passes: float, most: int, points: int | None = None) -> Landscapes:
 
 
 @lru_cache
-def forward_seconds(depth: int, width: int, shortcut: str, device: str) -> float:
+def forward_seconds(depth: int, width: int, shortcut: str, size: int, device: str) -> float:
     """Seconds a forward pass takes, an image."""
     net = cifar_net(depth, "residual", width=width, shortcut=shortcut).eval().to(device)
-    images = torch.randn(BATCH, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(BATCH, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def forward() -> None:
@@ -293,7 +293,8 @@ def forward_seconds(depth: int, width: int, shortcut: str, device: str) -> float
 
 def image_seconds(config: RunConfig, device: str) -> float:
     """Seconds a forward pass of one image takes: a straight line in depth through depths 8 and 20, which are timed."""
-    short, long = (forward_seconds(depth, config.width, config.shortcut, device) for depth in (8, 20))
+    net = config.width, config.shortcut, config.image_size
+    short, long = (forward_seconds(depth, *net, device) for depth in (8, 20))
     return max(short + (config.depth - 8) / 12 * (long - short), short)
 
 

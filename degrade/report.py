@@ -42,7 +42,7 @@ from degrade.analysis.verdict import (
     verdicts,
 )
 from degrade.commit import make_folder, write_file
-from degrade.config import BLOCKS, PROTOCOLS, matches_protocol, overridden, spelt, study_name
+from degrade.config import BLOCKS, PROTOCOLS, matches_protocol, overridden, short_name, spelt, study_name
 from degrade.errors import Failure
 from degrade.fidelity import departures
 from degrade.store import FINISHED, Run, Study
@@ -317,7 +317,7 @@ def _about(study: Study) -> str:
     count = f"{len(runs)} {'imported ' if study.imported else ''}run{'s' if len(runs) > 1 else ''}"
     images = "all" if shared["train_images"] is None else f"{shared['train_images']:,}"
     return (
-        f"{count} on {shared['dataset']}: {_nets(study)}, {many} seed{'s' if many != '1' else ''} each. "
+        f"{count} on {short_name(shared['dataset'])}: {_nets(study)}, {many} seed{'s' if many != '1' else ''} each. "
         f"Protocol {_plain(study.protocol)}: {shared['steps']:,} steps of batch {shared['batch_size']}, "
         f"learning rate {shared['lr']:g}, width {shared['width']}, {images} training images."
     )
@@ -734,15 +734,15 @@ def commands(study: Study) -> list[str]:
     if study.imported:
         return []
     fields = {name: value for name, value in shared.items() if name != "dataset"}
-    protocol = study.protocol
-    if protocol not in PROTOCOLS or None in overridden(protocol, fields).values():  # there is no flag for "all"
+    protocol, dataset = study.protocol, str(shared["dataset"])
+    if protocol not in PROTOCOLS or None in overridden(protocol, fields, dataset).values():  # no flag says "all"
         protocol = "paper"
-    changed = overridden(protocol, fields) | {"precision": shared["precision"]}
+    changed = overridden(protocol, fields, dataset) | {"precision": shared["precision"]}
     name = study.folder.resolve().name
-    common = ["--dataset", shared["dataset"], "--protocol", protocol]
+    common = ["--dataset", dataset, "--protocol", protocol]
     for key, value in changed.items():
         common += [f"--{key.replace('_', '-')}", _flag(value)]
-    if name != study_name(shared["dataset"], protocol, overridden(protocol, fields)):
+    if name != study_name(dataset, protocol, overridden(protocol, fields, dataset)):
         common += ["--study", name]
     return [
         shlex.join(["degrade", "sweep", "--depths", depths, "--blocks", blocks, "--seeds", seeds, *common])

@@ -173,7 +173,7 @@ def gpu_pack(device: str, configs: Sequence[RunConfig]) -> int:
 
 def memory(config: RunConfig) -> float:
     """A generous guess at the bytes a run takes on a GPU: 3 fp32 copies of every activation, and a bit."""
-    activations = config.batch_size * config.depth * config.width * 32 * 32 * (1 + 1 / 2 + 1 / 4) / 3
+    activations = config.batch_size * config.depth * config.width * config.image_size**2 * (1 + 1 / 2 + 1 / 4) / 3
     return 12 * activations + 2**29
 
 
@@ -183,7 +183,7 @@ def training_flops(config: RunConfig) -> float:
     with torch.device("meta"):
         net = cifar_net(config.depth, config.block, width=config.width, shortcut=config.shortcut)
         with FlopCounterMode(display=False) as counter:
-            net(torch.empty(1, 3, 32, 32))
+            net(torch.empty(1, 3, config.image_size, config.image_size))
     forward: int = counter.get_total_flops()
     return 3.0 * forward * config.batch_size * config.steps
 

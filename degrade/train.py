@@ -82,7 +82,7 @@ class Training:
         self.config = config
         self.splits = splits
         self.device = torch.device(device)
-        self.plan = SamplePlan(len(splits.train), config.batch_size, config.seed)
+        self.plan = SamplePlan(len(splits.train), config.batch_size, config.seed, config.augment)
         self.step = 0
         self.epochs: list[Epoch] = []
         self.queue = make_queue(self.device, graphs=graphs, compiled=compiled)

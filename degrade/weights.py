@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from degrade import commit, store
-from degrade.config import DATASETS, RunConfig
+from degrade.config import RunConfig
 from degrade.errors import Failure
 from degrade.nets import CifarNet, cifar_net
 from degrade.store import Run
@@ -108,7 +108,7 @@ def make_net(config: RunConfig) -> CifarNet:
         config.block,
         width=config.width,
         shortcut=config.shortcut,
-        num_classes=DATASETS[config.dataset].num_classes,
+        num_classes=config.num_classes,
     )
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):

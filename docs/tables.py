@@ -4,8 +4,9 @@ A page marks its place by `<!-- NAME: written by make tables -->` and `<!-- /NAM
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import typer
@@ -111,12 +112,19 @@ def wall_time(name: str) -> Callable[[], str]:
 def commands_page() -> str:
     """What `degrade --help` and each command's `--help` say in 80 columns."""
     runner = CliRunner(env={"COLUMNS": "80"})
-    group = typer.main.get_command(app)
     parts = ["# Every command and option\n\nAs `degrade COMMAND --help` says it.\n"]
-    for name in ("", *group.commands):
-        said = runner.invoke(app, [*filter(None, [name]), "--help"], prog_name="degrade").output.strip()
-        parts.append(f"## degrade {name}".rstrip() + f"\n\n```text\n{said}\n```\n")
+    for words in [[], *every_command()]:
+        said = runner.invoke(app, [*words, "--help"], prog_name="degrade").output.strip()
+        parts.append(f"## {' '.join(['degrade', *words])}\n\n```text\n{said}\n```\n")
     return "\n".join(parts)
+
+
+def every_command(group: Any = None) -> Iterator[list[str]]:
+    """The words of each command; those of a group come after the group itself."""
+    for name, command in (group or typer.main.get_command(app)).commands.items():
+        yield [name]
+        if hasattr(command, "commands"):
+            yield from ([name, *words] for words in every_command(command))
 
 
 PLACES: dict[str, Callable[[], str]] = {

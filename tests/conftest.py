@@ -10,7 +10,6 @@ import pytest
 from degrade import store
 from degrade.cli import main
 from degrade.config import PROTOCOLS, RunConfig
-from degrade.data import cifar10
 from degrade.log import Epoch, to_csv
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job; tests send Ctrl-C
@@ -50,7 +49,7 @@ def cifar10_dir() -> Path:
     if "DEGRADE_DATA" not in os.environ:
         pytest.skip("DEGRADE_DATA, the folder with genuine CIFAR-10, is not set")
     folder = Path(os.environ["DEGRADE_DATA"])
-    assert (folder / cifar10.FOLDER).is_dir(), f"DEGRADE_DATA is {folder}, where CIFAR-10 is not"
+    assert (folder / "cifar-10-batches-py").is_dir(), f"DEGRADE_DATA is {folder}, where CIFAR-10 is not"
     return folder
 
 

@@ -97,7 +97,9 @@ NUMBERS = (
 )
 FIELDS = {
     "--seeds": ["0", "0,1,2", "-1", "4294967296"],
-    "--dataset": ["cifar10", "shapes", "imagenet"],
+    "--dataset": ["cifar10", "shapes", "svhn", "folder:sound", "folder:", "folder:a:1+1:2:32:0123456789ab", "imagenet"],
+    "--augment": ["crop", "none", "flip"],
+    "--image-size": ["32", "7", "x"],
     "--protocol": ["paper", "short", "demo", "smoke", "fast"],
     "--milestones": ["3", "12,18", "18,12", "-1"],
     "--decay": ["all", "conv", "none"],
@@ -113,6 +115,7 @@ STORED = {
     "--study": ["mine", "study", "a b", "x" * 100, "x" * 101, ".hidden"],
     "--data-dir": PLACES,
     "--retry-failed": [],
+    "--skip-broken": [],
 }
 OPTIONS = {  # of each command, with some of their values
     "sweep": GRID | FIELDS | MACHINE | STORED,
@@ -120,6 +123,8 @@ OPTIONS = {  # of each command, with some of their values
     "plot": {"--out": PLACES, "--formats": ["png", "svg,pdf", "gif", "png,,", "png,png"]},
     "verdict": {"--json": []},
     "check": {"--repair": []},
+    "data list": {"--data-dir": PLACES},
+    "data check": {"--data-dir": PLACES, "--image-size": ["32", "7"]},
     "bench": GRID | MACHINE | {"--json": []},
     "report": {"--out": PLACES},
     "export": {"--to": [*PLACES, "net.pt", "net.safetensors", "none/net.pt"]},
@@ -175,7 +180,7 @@ def command_lines(draw):
         parts.append([draw(VALUES)])
     words = [word for part in draw(st.permutations(parts)) for word in part]
     if command != "sweep":
-        return [command, *words]
+        return [*command.split(), *words]
     return [command, *words, *draw(st.sampled_from(REFUSED))] if chance(draw, 30) else [command, "--dry-run", *words]
 
 

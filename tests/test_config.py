@@ -42,6 +42,7 @@ def test_the_defaults_are_the_papers_protocol():
         "weight_decay": 0.0001,
         "decay": "all",
         "precision": "fp32",
+        "augment": "crop-flip",
     }
     assert PROTOCOLS["paper"] == {}
     assert (PAPER.training_set_size, PAPER.test_set_size) == (50_000, 10_000)
@@ -63,8 +64,8 @@ def test_depth_110_warms_up_for_400_steps(block, depth, step, lr):
 
 def test_golden_run_ids():
     """A changed id orphans everybody's results: change these only with a reason for that."""
-    assert PAPER.run_id == "plain-56-s0-e902d07b"
-    assert RunConfig(block="residual", depth=20, seed=3, lr=0.05).run_id == "residual-20-s3-ab4e4725"
+    assert PAPER.run_id == "plain-56-s0-35aaa1de"
+    assert RunConfig(block="residual", depth=20, seed=3, lr=0.05).run_id == "residual-20-s3-1d0ed890"
 
 
 def test_every_field_is_in_the_run_id():
@@ -93,6 +94,7 @@ def test_every_field_is_in_the_run_id():
         "weight_decay": 0.0,
         "decay": "conv",
         "precision": "tf32",
+        "augment": "none",
     }
     assert set(other) == {field.name for field in dataclasses.fields(RunConfig)}
     base = dataclasses.replace(PAPER, train_images=2000)
@@ -116,7 +118,13 @@ def test_configuration_survives_json():
         ({"depth": 60_002}, "depth must be at most 10,000; got 60002"),
         ({"block": "dense"}, "block must be one of plain, residual, preact; got 'dense'"),
         ({"shortcut": "D"}, "shortcut must be one of A, B, C; got 'D'"),
-        ({"dataset": "mnist"}, "dataset must be one of cifar10, shapes; got 'mnist'"),
+        (
+            {"dataset": "cifar"},
+            "dataset must be one of cifar10, cifar100, svhn, fashion-mnist, mnist, shapes; got 'cifar'; "
+            "did you mean cifar10?",
+        ),
+        ({"dataset": "folder:flowers"}, "a folder of images is known by what is in it"),
+        ({"augment": "flip"}, "augment must be one of crop-flip, crop, none; got 'flip'"),
         ({"steps": 0}, "steps must be at least 1; got 0"),
         ({"lr": float("nan")}, "lr must be a finite number of at least 0; got nan"),
         ({"lr": "fast"}, "lr must be a number; got 'fast'"),
@@ -226,3 +234,42 @@ def test_the_shortest_runs_have_milestones_too(steps, milestones):
 def test_limits(name, value):
     with pytest.raises(ValueError, match=f"{name} must be at most [0-9,]+; got {value}"):
         RunConfig(block="plain", depth=20, seed=0, **{name: value})
+
+
+FLOWERS = "folder:flowers:900+90:7:64:0123456789ab"
+
+
+def test_the_name_of_a_folder_says_what_is_in_it():
+    config = smoke_of(FLOWERS)
+    assert (config.training_set_size, config.test_set_size) == (900, 90)
+    assert (config.num_classes, config.image_size, config.augment) == (7, 64, "crop-flip")
+    assert study_name(FLOWERS, "demo", {"lr": 0.2}) == "flowers-demo-lr0.2"
+
+
+def smoke_of(dataset, **fields):
+    return RunConfig(block="plain", depth=8, seed=0, dataset=dataset, **fields)
+
+
+def test_digits_are_not_mirrored_unless_that_is_asked_for():
+    assert [smoke_of(name).augment for name in ("svhn", "mnist", "fashion-mnist", "cifar100")] == [
+        "crop",
+        "crop",
+        "crop-flip",
+        "crop-flip",
+    ]
+    assert smoke_of("svhn", augment="crop-flip").augment == "crop-flip"
+    assert matches_protocol(smoke_of("svhn").shared(), "paper")
+    assert not matches_protocol(smoke_of("svhn", augment="crop-flip").shared(), "paper")
+
+
+def test_a_configuration_from_before_a_field_means_the_same():
+    values = smoke_of("cifar10").as_dict()
+    del values["augment"]
+    assert RunConfig.from_dict(values) == smoke_of("cifar10")
+
+
+def test_a_protocol_takes_all_images_where_there_are_fewer_than_it_wants():
+    assert "train_images" not in protocol_fields("demo", {}, FLOWERS)
+    assert "test_images" not in protocol_fields("demo", {}, FLOWERS)
+    assert protocol_fields("demo", {}, "cifar10")["train_images"] == 4_000
+    assert overridden("demo", protocol_fields("demo", {}, FLOWERS), FLOWERS) == {}

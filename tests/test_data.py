@@ -14,7 +14,8 @@ import torch
 import torchvision
 
 from degrade import data
-from degrade.data import cifar10, shapes
+from degrade.data import shapes
+from degrade.data.official import CIFAR10
 from degrade.data.plan import PAD, Batch, SamplePlan, augment, normalise
 from degrade.errors import Failure
 
@@ -193,9 +194,9 @@ class TestCifar10:
         torch.testing.assert_close(channel_means, torch.tensor([0.49140, 0.48216, 0.44653]), rtol=0, atol=1e-5)
 
     def test_a_flipped_byte_is_refused_before_anything_is_unpickled(self, cifar10_dir, tmp_path, monkeypatch):
-        folder = tmp_path / cifar10.FOLDER
+        folder = tmp_path / CIFAR10.folder
         folder.mkdir()
-        for path in (cifar10_dir / cifar10.FOLDER).iterdir():
+        for path in (cifar10_dir / CIFAR10.folder).iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
         bad = bytearray((folder / "data_batch_3").read_bytes())
         bad[1_000_000] ^= 1
@@ -211,7 +212,7 @@ class TestCifar10:
     @pytest.fixture
     def server(self, tmp_path, monkeypatch):
         """A tiny CIFAR-10 in the real format, served on this machine."""
-        folder = tmp_path / "made" / cifar10.FOLDER
+        folder = tmp_path / "made" / CIFAR10.folder
         folder.mkdir(parents=True)
         official = torchvision.datasets.CIFAR10
         for lists in ("train_list", "test_list"):
@@ -221,12 +222,12 @@ class TestCifar10:
                 (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [i % 10 for i in range(20)]}))
                 entries.append([name, hashlib.md5((folder / name).read_bytes()).hexdigest()])
             monkeypatch.setattr(official, lists, entries)
-        (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(cifar10.CLASSES)}))
+        (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["airplane"]}))
         meta = hashlib.md5((folder / "batches.meta").read_bytes()).hexdigest()
         monkeypatch.setattr(official, "meta", official.meta | {"md5": meta})
         archive = tmp_path / "made" / official.filename
         with tarfile.open(archive, "w:gz") as tar:
-            tar.add(folder, cifar10.FOLDER)
+            tar.add(folder, CIFAR10.folder)
         handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=archive.parent)
         with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
             threading.Thread(target=httpd.serve_forever, daemon=True).start()
@@ -240,7 +241,7 @@ class TestCifar10:
         assert "100%" in capfd.readouterr().err
         server.unlink()  # a second download would fail
         data.fetch("cifar10", tmp_path / "data")
-        (train, _), (test, _) = cifar10.load(tmp_path / "data")
+        (train, _), (test, _) = CIFAR10.load(tmp_path / "data")
         assert (len(train), len(test)) == (100, 20)
 
     def test_an_archive_with_another_checksum_is_not_opened(self, server, tmp_path):
@@ -250,13 +251,13 @@ class TestCifar10:
         with pytest.raises(Failure, match="CIFAR-10 is missing"):
             data.fetch("cifar10", tmp_path / "data")
         assert not (tmp_path / "escaped").exists()
-        assert not (tmp_path / "data" / cifar10.FOLDER).exists()
+        assert not (tmp_path / "data" / CIFAR10.folder).exists()
 
     def test_missing_and_offline_says_what_to_do(self, tmp_path, monkeypatch):
         def offline(*_, **__):
             raise URLError("no network")
 
-        monkeypatch.setattr("urllib.request.urlopen", offline)
+        monkeypatch.setattr("degrade.data.download.urlopen", offline)
         with pytest.raises(Failure) as error:
             data.fetch("cifar10", tmp_path)
         message = str(error.value)

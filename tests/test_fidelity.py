@@ -31,6 +31,7 @@ OTHERS = {
     "decay": ("conv", "only"),
     "padding": ("black", "zeros, before it"),
     "precision": ("bf16", "bf16"),
+    "augment": ("crop", "never mirrored"),
 }
 
 

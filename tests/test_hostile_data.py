@@ -20,16 +20,17 @@ import pytest
 from conftest import tally
 from torchvision.datasets import CIFAR10
 
-from degrade.data import cifar10
-from degrade.data.cifar10 import FOLDER
+from degrade.data import official
 from degrade.errors import Failure
 
 pytestmark = pytest.mark.promise
 
+cifar10 = official.CIFAR10
+FOLDER = cifar10.folder
 BATCHES = [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
 NAMES = [*BATCHES, CIFAR10.meta["filename"]]
 VICTIM = "data_batch_3"
-LIMIT = 4 << 20  # for these small files, in place of cifar10.LIMIT
+LIMIT = 4 << 20  # for these small files, in place of official.LIMIT
 
 
 def batch(i):
@@ -62,14 +63,12 @@ class Server:
                 if server.garbage:
                     self.wfile.write(server.garbage)
                     return
-                wanted = self.headers["Method"] != "HEAD"  # torchvision's way to ask for redirections first
-                server.downloads += wanted
+                server.downloads += 1
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(server.body)))
                 self.end_headers()
-                if wanted:
-                    time.sleep(server.seconds)
-                    self.wfile.write(server.body)
+                time.sleep(server.seconds)
+                self.wfile.write(server.body)
 
             def log_message(self, *_):
                 pass
@@ -94,7 +93,7 @@ def server(httpd, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def official(monkeypatch):
+def genuine(monkeypatch):
     """The small files and their archive are the official ones."""
 
     def md5s(entries):
@@ -104,7 +103,7 @@ def official(monkeypatch):
     monkeypatch.setattr(CIFAR10, "test_list", md5s(CIFAR10.test_list))
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": hashlib.md5(GOOD["batches.meta"]).hexdigest()})
     monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(ARCHIVE).hexdigest())
-    monkeypatch.setattr(cifar10, "LIMIT", LIMIT)
+    monkeypatch.setattr(official, "LIMIT", LIMIT)
 
 
 @pytest.fixture(autouse=True)
@@ -561,7 +560,7 @@ class TestHostileArchives:
             path = tmp_path / "x.tar.gz"
             path.write_bytes(gzip.compress(bytes(bad), 0))
             try:
-                files = cifar10._unpack(path, ["batches.meta"])
+                files = cifar10.unpack(path, ["batches.meta"])
                 assert files == {"batches.meta": GOOD["batches.meta"]}
                 outcomes.add("taken")
             except Failure as error:
@@ -574,8 +573,8 @@ class TestHostileArchives:
 
 
 def fetch_and_count(folder, barrier, written):
-    real = cifar10.write_file
-    cifar10.write_file = lambda path, data: (written.put(path.name), real(path, data))
+    real = official.write_file
+    official.write_file = lambda path, data: (written.put(path.name), real(path, data))
     barrier.wait()
     cifar10.fetch(folder)
 

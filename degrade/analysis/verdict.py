@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from degrade import paper
-from degrade.config import BLOCKS, DATASETS, TYPES, spelt, usual_milestones
+from degrade.config import BLOCKS, TYPES, dataset_of, spelt, usual_milestones
 from degrade.store import FINISHED, Study
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def decide(low: float | None, high: float | None) -> str:
 
 def chance_error(dataset: str) -> float:
     """The error of guessing: 1 - 1 / classes."""
-    return 1 - 1 / DATASETS[dataset].num_classes
+    return 1 - 1 / dataset_of(dataset).num_classes
 
 
 def final_epochs(epochs: "pd.DataFrame") -> "pd.DataFrame":

@@ -8,7 +8,7 @@ catches = ordinary is signal.default_int_handler and threading.current_thread() 
 if catches:  # Ctrl-C during these imports, before main can catch it, ends the program without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from degrade.cli import sweep, results, report, probe, weights, bench  # noqa: E402, F401, I001  each adds its commands
+from degrade.cli import sweep, results, report, probe, weights, data, bench  # noqa: E402, F401, I001  each adds its commands
 from degrade.cli.app import app, main  # noqa: E402
 
 if catches:

@@ -16,7 +16,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from degrade import __version__, store, terminal
-from degrade.config import RunConfig, did_you_mean
+from degrade.config import FOLDER, RunConfig, dataset_of, did_you_mean, short_name
 from degrade.errors import Failure
 from degrade.stopping import Stopped
 
@@ -249,6 +249,32 @@ def configs_of(grid: dict[str, list[Any]], dataset: str, shared: dict[str, Any])
         for seed in grid["seed"]
         for block in grid["block"]
     ]
+
+
+def dataset_named(
+    text: str, data_dir: Path | None, image_size: int | None = None, *, skip_broken: bool = False, write: bool = True
+) -> str:
+    """A data set's name; of `folder:PATH`, whose images are decoded here unless they are in the cache, the full one."""
+    if not text.startswith("folder:") or FOLDER.fullmatch(text):
+        if image_size is not None:
+            size = dataset_of(text).image_size
+            raise ValueError(f"--image-size is for folder:PATH; the images of {short_name(text)} are {size}x{size}")
+        return text
+    if not (path := text.removeprefix("folder:")):
+        raise ValueError("folder: must name a folder of images, such as folder:flowers")
+    from degrade.data import default_data_dir, folder
+
+    prepared = folder.prepare(
+        Path(path).expanduser(),
+        data_dir or default_data_dir(),
+        image_size=32 if image_size is None else image_size,
+        skip_broken=skip_broken,
+        write=write,
+    )
+    say(f"Data set {prepared.dataset}")
+    for line in prepared.notes:
+        note(f"{path}: {line}")
+    return prepared.dataset
 
 
 def study_folder(out: Path, name: str) -> Path:

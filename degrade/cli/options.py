@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from degrade.config import PRECISIONS
+from degrade.config import DATASETS, PRECISIONS
 
 FORMATS = ("png", "svg", "pdf")
+DATASET_KINDS = (*DATASETS, "folder:")
 DEPTHS = ("20", "32", "44", "56", "110")  # the paper's
 
 
@@ -82,6 +83,10 @@ Results = Annotated[Path, argument("RESULTS", "A folder of results: of one study
 Out = Annotated[Path, option("DIR", "The folder of results.")]
 DataDir = Annotated[
     Path | None, option("DIR", "Where the data are, or go.", show_default="$DEGRADE_DATA, else ~/.cache/degrade")
+]
+ImageSize = Annotated[int | None, option("N", "Height and width to which folder:PATH is decoded.", show_default="32")]
+SkipBroken = Annotated[
+    bool, typer.Option("--skip-broken", help="Leave out images of folder:PATH that cannot be decoded.")
 ]
 Device = Annotated[str, one_of(("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda (all GPUs), cuda:1 or mps.")]
 Jobs = Annotated[str, auto_or_number("Processes; auto: one a core, or one a GPU.")]

@@ -18,6 +18,7 @@ from degrade.cli.app import (
     check_precision,
     configs_of,
     count,
+    dataset_named,
     distinct,
     how,
     leave,
@@ -31,13 +32,16 @@ from degrade.cli.app import (
     train_live,
 )
 from degrade.cli.options import (
+    DATASET_KINDS,
     DEPTHS,
     Compiled,
     DataDir,
     Device,
+    ImageSize,
     Jobs,
     Out,
     Pack,
+    SkipBroken,
     Threads,
     argument,
     list_of,
@@ -46,8 +50,8 @@ from degrade.cli.options import (
     option,
 )
 from degrade.config import (
+    AUGMENTS,
     BLOCKS,
-    DATASETS,
     DECAYS,
     INITS,
     PADDINGS,
@@ -72,7 +76,7 @@ if TYPE_CHECKING:
 LONG = 12 * 3600  # seconds, from which on a shorter protocol is pointed out
 MAX_STUDIES = 100
 FIELDS = {"rich_help_panel": "Fields of the protocol, each of which can be overridden"}
-SWEEP_FIELDS = ("depths", "blocks", "seeds", "dataset", "protocol", "study", "grid")
+SWEEP_FIELDS = ("depths", "blocks", "seeds", "dataset", "image_size", "protocol", "study", "grid")
 
 
 class Asked(NamedTuple):
@@ -104,7 +108,8 @@ def sweep(
     blocks: Annotated[str | None, list_of(BLOCKS, f"{', '.join(BLOCKS)}.", show_default="plain,residual")] = None,
     seeds: Annotated[str | None, numbers_of("A net of each: 0,1,2.", show_default="0")] = None,
     dataset: Annotated[
-        str | None, one_of(DATASETS, "cifar10 (downloaded) or shapes (built in).", show_default="cifar10")
+        str | None,
+        one_of(DATASET_KINDS, "One of degrade data list, or folder:PATH, your own.", show_default="cifar10"),
     ] = None,
     protocol: Annotated[
         str | None,
@@ -113,6 +118,8 @@ def sweep(
     out: Out = Path("results"),
     study: Annotated[str | None, option("TEXT", "Its folder there.", show_default="from what is asked for")] = None,
     data_dir: DataDir = None,
+    image_size: ImageSize = None,
+    skip_broken: SkipBroken = False,
     device: Device = "auto",
     jobs: Jobs = "auto",
     threads: Threads = "auto",
@@ -157,6 +164,10 @@ def sweep(
         str | None,
         one_of(PRECISIONS, f"{', '.join(PRECISIONS)}.", show_default="tf32 on GPUs that have it, else fp32", **FIELDS),
     ] = None,
+    augment: Annotated[
+        str | None,
+        one_of(AUGMENTS, f"{', '.join(AUGMENTS)}.", show_default="crop for digits, crop-flip for all others", **FIELDS),
+    ] = None,
 ) -> None:
     """Train a grid of nets: every depth, block and seed.
 
@@ -195,6 +206,8 @@ def sweep(
         "input_mean": channels(input_mean, "--input-mean"),
         "padding": padding,
         "precision": precision,
+        "augment": augment,
+        "image_size": image_size,
     }
     wanted, axes = _wanted(spec, {name: value for name, value in flags.items() if value is not None}, grid or [])
     nets = {
@@ -202,10 +215,19 @@ def sweep(
         "block": distinct(wanted.pop("blocks", ["plain", "residual"]), "blocks", str),
         "seed": distinct(wanted.pop("seeds", [0]), "seeds", int),
     }
+    size = wanted.pop("image_size", None)
+
+    def full_name(text: str) -> str:
+        return dataset_named(text, data_dir, size, skip_broken=skip_broken, write=not dry_run)
+
+    if "dataset" in axes:
+        axes["dataset"] = [full_name(text) for text in axes["dataset"]]
+    else:
+        wanted["dataset"] = full_name(wanted.get("dataset", "cifar10"))
     kept = numbers(snapshots, "--snapshots") or []
     studies = _studies(wanted, axes)
     for asked in studies:  # bad input is told before torch is imported
-        (config, *_) = configs_of(nets, asked.dataset, protocol_fields(asked.protocol, asked.fields))
+        (config, *_) = configs_of(nets, asked.dataset, protocol_fields(asked.protocol, asked.fields, asked.dataset))
         if kept and not 0 <= min(kept) <= max(kept) <= config.steps:
             raise ValueError(f"--snapshots must be steps from 0 to {config.steps:,}; got {snapshots}")
         study_folder(out, asked.name)
@@ -295,7 +317,7 @@ def _studies(wanted: dict[str, Any], axes: Mapping[str, list[Any]], usual: str =
         fields = {"dataset": "cifar10", "protocol": "paper", "study": None} | wanted | point
         dataset, protocol, name = str(fields.pop("dataset")), str(fields.pop("protocol")), fields.pop("study")
         if name is None:
-            named = overridden(protocol, fields) | {"precision": fields.get("precision", usual)}
+            named = overridden(protocol, fields, dataset) | {"precision": fields.get("precision", usual)}
             if named["precision"] == usual:
                 del named["precision"]
             name = study_name(dataset, protocol, named)
@@ -333,7 +355,7 @@ def _estimate(plans: Sequence[Plan]) -> dict[str, float]:
     alike: dict[Any, list[RunConfig]] = {}
     for plan in plans:
         for config in (run.config for run in plan.todo):
-            key = plan.machine, config.width, config.shortcut, config.batch_size, config.precision
+            key = plan.machine, config.dataset, config.width, config.shortcut, config.batch_size, config.precision
             alike.setdefault(key, []).append(config)
     seconds: dict[str, float] = {}
     for (machine, *_), configs in alike.items():
@@ -418,6 +440,8 @@ def _read_spec(spec: Path | None) -> dict[str, Any]:
     for name in ("dataset", "protocol", "study"):
         if not isinstance(values.get(name, ""), str):
             raise ValueError(f"{spec}: {name} must be a string; got {values[name]!r}")
+    if type(values.get("image_size", 32)) is not int:
+        raise ValueError(f"{spec}: image_size must be a whole number; got {values['image_size']!r}")
     try:
         values |= {name: typed(name, value) for name, value in values.items() if name in TYPES}
     except ValueError as error:

@@ -17,6 +17,7 @@ from degrade.cli.app import (
     auto,
     channels,
     console,
+    dataset_named,
     leave,
     machine_of,
     names,
@@ -27,10 +28,12 @@ from degrade.cli.app import (
     train_live,
 )
 from degrade.cli.options import (
+    DATASET_KINDS,
     DEPTHS,
     Compiled,
     DataDir,
     Device,
+    ImageSize,
     Out,
     argument,
     auto_or_number,
@@ -39,7 +42,6 @@ from degrade.cli.options import (
 )
 from degrade.config import (
     BLOCKS,
-    DATASETS,
     PROTOCOLS,
     ZERO_CHANNELS,
     RunConfig,
@@ -61,7 +63,9 @@ def import_(
     seed: Annotated[int, option("N", "Tells nets of one depth apart.")] = 0,
     out: Out = Path("results"),
     study: Annotated[str | None, option("TEXT", "Its folder there.", show_default="imported-...")] = None,
-    dataset: Annotated[str, one_of(DATASETS, "What the net was trained on: cifar10 or shapes.")] = "cifar10",
+    dataset: Annotated[
+        str, one_of(DATASET_KINDS, "What the net was trained on: one of degrade data list, or folder:PATH.")
+    ] = "cifar10",
     protocol: Annotated[str, one_of(PROTOCOLS, f"How: {', '.join(PROTOCOLS)}.")] = "paper",
     fields: Annotated[
         list[str] | None,
@@ -94,6 +98,7 @@ def import_(
     claimed_test_error: Annotated[float | None, option("X", "In percent.", show_default="the log's")] = None,
     claimed_train_error: Annotated[float | None, option("X", "In percent.", show_default="the log's")] = None,
     data_dir: DataDir = None,
+    image_size: ImageSize = None,
 ) -> None:
     """Bring published weights in as a run, and measure them.
 
@@ -118,9 +123,11 @@ def import_(
         raise ValueError(f"--set {swept[0]}: there is --{swept[0].removeprefix('input_')} for that")
     if str(overrides.get("init")).startswith("identity"):
         raise ValueError(f"--set init: only degrade identity makes nets of identity:...; got {overrides['init']!r}")
-    shared = protocol_fields(protocol, overrides) | {"dataset": dataset, "input_mean": centre or ()}
+    dataset = dataset_named(dataset, data_dir, image_size)
+    shared = protocol_fields(protocol, overrides, dataset) | {"dataset": dataset, "input_mean": centre or ()}
     config = RunConfig.from_dict(shared | {"block": block, "depth": depth, "seed": seed})
-    name = study if study is not None else f"imported-{study_name(dataset, protocol, overridden(protocol, overrides))}"
+    usual = study_name(dataset, protocol, overridden(protocol, overrides, dataset))
+    name = study if study is not None else f"imported-{usual}"
     folder = study_folder(out, name)
     there = store.Study.open(folder) if (folder / store.STUDY).exists() else None
     if there and not there.imported:

@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from degrade.data import cifar10, shapes
+from degrade.config import dataset_of
+from degrade.data import folder, shapes
+from degrade.data.official import CIFAR10, CIFAR100, FASHION_MNIST, MNIST, SVHN
 from degrade.data.plan import random_words
+from degrade.errors import Failure
 
-SOURCES = {"cifar10": cifar10, "shapes": shapes}
+OFFICIAL = {"cifar10": CIFAR10, "cifar100": CIFAR100, "svhn": SVHN, "fashion-mnist": FASHION_MNIST, "mnist": MNIST}
 SPLIT = 2  # a stream of the split seed, beside those of plan.py
 
 
@@ -100,9 +103,7 @@ def load(
         Failure: the data set is missing or damaged.
         ValueError: more images asked for than there are.
     """
-    source = SOURCES[dataset]
-    train, test = (Images(*arrays) for arrays in source.load(data_dir or default_data_dir()))
-    num_classes = len(source.CLASSES)
+    train, test = (Images(*arrays) for arrays in _load_all(dataset, data_dir or default_data_dir()))
     held_out = torch.zeros(len(train), dtype=torch.bool)
     held_out[stratified(train.labels, val_images, split_seed)] = True
     train, val = train.take(~held_out), train.take(held_out)
@@ -113,7 +114,13 @@ def load(
     mean = pixel_mean(train.images)
     if input_mean:
         mean = torch.tensor(input_mean).view(-1, 1, 1).expand_as(mean).contiguous()
-    return Splits(train.to(device), val.to(device), test.to(device), mean.to(device), num_classes)
+    return Splits(train.to(device), val.to(device), test.to(device), mean.to(device), dataset_of(dataset).num_classes)
+
+
+def _load_all(dataset: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    if dataset in OFFICIAL:
+        return OFFICIAL[dataset].load(data_dir)
+    return shapes.load(data_dir) if dataset == "shapes" else folder.load(dataset, data_dir)
 
 
 def pixel_mean(images: Tensor) -> Tensor:
@@ -123,10 +130,46 @@ def pixel_mean(images: Tensor) -> Tensor:
     return (total.double() / (255 * len(images))).float()
 
 
-def fetch(dataset: str, data_dir: Path | None = None) -> None:
+def fetch(dataset: str, data_dir: Path | None = None, mirror: str | None = None) -> None:
     """Make sure that the data set is there: download it, or draw it, once.
 
+    Args:
+        dataset: of `RunConfig`.
+        data_dir: where data are; None for the default.
+        mirror: an address of a folder with the official files, tried first.
+
     Raises:
-        Failure: it is missing or damaged and cannot be had.
+        Failure: it is missing or damaged and cannot be had; of a folder of images, its decoded images are.
     """
-    SOURCES[dataset].fetch(data_dir or default_data_dir())
+    data_dir = data_dir or default_data_dir()
+    if dataset in OFFICIAL:
+        OFFICIAL[dataset].fetch(data_dir, mirror)
+    elif dataset == "shapes":
+        shapes.fetch(data_dir)
+    else:
+        folder.load(dataset, data_dir)
+
+
+def check(dataset: str, data_dir: Path) -> None:
+    """Compare what is there with its checksums; nothing is downloaded or written.
+
+    Raises:
+        Failure: it is missing or damaged.
+    """
+    if dataset in OFFICIAL:
+        OFFICIAL[dataset].check(data_dir)
+    elif dataset != "shapes":
+        folder.load(dataset, data_dir)
+
+
+def state(dataset: str, data_dir: Path) -> str:
+    """`yes`, `no`, `damaged` or `built in`: whether a data set is there."""
+    if dataset == "shapes":
+        return "built in"
+    if dataset in OFFICIAL and not OFFICIAL[dataset].is_there(data_dir):
+        return "no"
+    try:
+        check(dataset, data_dir)
+    except Failure:
+        return "damaged" if dataset in OFFICIAL or folder.cache(dataset, data_dir).exists() else "no"
+    return "yes"

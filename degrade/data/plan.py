@@ -42,12 +42,19 @@ class SamplePlan:
 
     Every image is seen once in each pass over the training set, and every batch has exactly
     `batch_size` images: a batch may end one pass and start the next.
+
+    Args:
+        images: how many there are.
+        batch_size: images an update.
+        seed: of the run.
+        augment: of `RunConfig`. The order is the same whichever it is.
     """
 
-    def __init__(self, images: int, batch_size: int, seed: int):
+    def __init__(self, images: int, batch_size: int, seed: int, augment: str = "crop-flip"):
         self.images = images
         self.batch_size = batch_size
         self.seed = seed
+        self.augment = augment
         self._passes: dict[int, np.ndarray] = {}
 
     def _permutation(self, number: int) -> np.ndarray:
@@ -73,6 +80,10 @@ class SamplePlan:
         dy = ((words >> np.uint64(40)) % offsets).astype(np.int64)
         dx = (((words >> np.uint64(16)) & np.uint64(0xFFFFFF)) % offsets).astype(np.int64)
         flip = (words & np.uint64(1)).astype(bool)
+        if self.augment == "none":
+            dy, dx = np.full_like(dy, PAD), np.full_like(dx, PAD)
+        if self.augment != "crop-flip":
+            flip = np.zeros_like(flip)
         return Batch(*(torch.from_numpy(choice).view(-1, self.batch_size) for choice in (index, dy, dx, flip)))
 
 

@@ -1,0 +1,123 @@
+"""`degrade data`: what data sets there are, and what of them is here."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from degrade.cli.app import Plain, app, count, dataset_named, note, say, say_table
+from degrade.cli.options import DataDir, ImageSize, SkipBroken, option
+from degrade.config import DATASETS, FOLDER, Dataset, dataset_of, short_name
+from degrade.errors import Failure
+
+data_app = typer.Typer(
+    help="Data sets: what there are, what of them is here, and how to get them.", no_args_is_help=True
+)
+app.add_typer(data_app, name="data")
+
+Names = Annotated[list[str], typer.Argument(metavar="NAME", help="Of degrade data list, or folder:PATH, your own.")]
+
+
+@data_app.command("list", cls=Plain)
+def list_(data_dir: DataDir = None) -> None:
+    """Every data set: images, licence, source, and whether it is here.
+
+    \b
+    Example: degrade data list
+    """
+    from degrade import data
+
+    folder = data_dir or data.default_data_dir()
+    table = Table(box=None, pad_edge=False)
+    for heading in ("data set", "training", "test", "classes", "pixels", "download"):
+        table.add_column(heading, justify="left" if heading == "data set" else "right")
+    for heading in ("here", "licence", "source"):
+        table.add_column(heading)
+    for name, known in DATASETS.items():
+        about = data.OFFICIAL[name].about if name in data.OFFICIAL else None
+        table.add_row(
+            name,
+            *_sizes(known),
+            f"{about.megabytes:.1f} MB" if about else "-",
+            data.state(name, folder),
+            about.licence if about else "MIT",
+            about.source if about else "drawn by degrade",
+        )
+    for name in data.folder.cached(folder):
+        table.add_row(name, *_sizes(dataset_of(name)), "-", "yes", "your own", "a folder of images")
+    say(f"In {folder}:")
+    say_table(table)
+
+
+@data_app.command(cls=Plain)
+def fetch(
+    datasets: Names,
+    data_dir: DataDir = None,
+    mirror: Annotated[
+        str | None, option("URL", "A folder with the official files, tried first: any will do, hashes are compared.")
+    ] = None,
+    image_size: ImageSize = None,
+    skip_broken: SkipBroken = False,
+) -> None:
+    """Download data sets, or decode a folder of images. What broke off goes on; what is here is left alone.
+
+    \b
+    Example: degrade data fetch cifar10
+    Example: degrade data fetch cifar100 --mirror https://example.org/cifar
+    Example: degrade data fetch folder:flowers --image-size 64
+    """
+    from degrade import data
+
+    folder = data_dir or data.default_data_dir()
+    for text in dict.fromkeys(datasets):
+        name = dataset_named(text, folder, image_size if text.startswith("folder:") else None, skip_broken=skip_broken)
+        dataset_of(name)
+        data.fetch(name, folder, mirror)
+        say(f"{short_name(name)}: {data.state(name, folder)}, in {folder}")
+
+
+@data_app.command(cls=Plain)
+def check(
+    datasets: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="All that are here, if none is named.")
+    ] = None,
+    data_dir: DataDir = None,
+    image_size: ImageSize = None,
+) -> None:
+    """Compare every byte with its checksum. Nothing is downloaded and nothing written; exit code 1 if any is wrong.
+
+    \b
+    Example: degrade data check
+    Example: degrade data check cifar10
+    Example: degrade data check folder:flowers
+    """
+    from degrade import data
+
+    folder = data_dir or data.default_data_dir()
+    names = datasets or [name for name in DATASETS if data.state(name, folder) != "no"] + data.folder.cached(folder)
+    wrong = 0
+    for text in dict.fromkeys(names):
+        size = image_size if text.startswith("folder:") and not FOLDER.fullmatch(text) else None
+        try:
+            name = dataset_named(text, folder, size, write=False)
+            dataset_of(name)
+            if name == text:
+                data.check(name, folder)
+        except Failure as error:
+            wrong += 1
+            note(str(error))
+        else:
+            say(f"{short_name(name)}: {'sound' if name != text or name.startswith('folder:') else 'genuine'}")
+    if not names:
+        say(f"{folder} holds no data set")
+    if wrong:
+        raise Failure(f"{count(wrong, 'data set')} of {len(names)} missing or damaged")
+
+
+def _sizes(known: Dataset) -> list[str]:
+    return [
+        f"{known.train_images:,}",
+        f"{known.test_images:,}",
+        f"{known.num_classes:,}",
+        f"{known.image_size}x{known.image_size}",
+    ]
