@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 import torch
 
 from degrade.config import PROTOCOLS, RunConfig
-from degrade.data import Images, Splits
+from degrade.data import Splits
+from degrade.data.images import Images
 from degrade.engine.process import prepare_process
-from degrade.evaluate import BATCH_SIZES
+from degrade.evaluate import evaluation_batch
 from degrade.sweep import Machine, training_flops
 from degrade.train import Training
 
 MAX_TIMED = 16 * 1024  # batch size times width: eight batches of the paper's
+MAX_FLOPS = 200e9  # operations of an update that is timed on a CPU
+TIMED = {"cifar": (8, 20), "imagenet": (18, 34)}
 
 
 class Speed(NamedTuple):
@@ -99,18 +102,24 @@ def measurements(configs: Sequence[RunConfig], machine: Machine) -> Iterator[dic
 
 
 def estimate(configs: Sequence[RunConfig], machine: Machine) -> dict[str, float]:
-    """Seconds each whole run will take, by run id, from timing depths 8 and 20: the time is a straight line in depth.
+    """Seconds each whole run will take, by run id, from timing two depths: a straight line in operations an image.
 
     Takes a few seconds itself, so nothing is compiled for it: compiled runs will be somewhat faster. Batches of
-    very wide nets, or very large ones, are timed in part, to spare memory.
+    very wide nets, or very large ones, are timed in part, to spare memory. Reading images from the disk is not timed.
     """
-    batch_size = min(configs[0].batch_size, max(MAX_TIMED // configs[0].width, 1))
-    scale = configs[0].batch_size / batch_size
-    timed = replace(configs[0], batch_size=batch_size)
-    short, long = (measure(replace(timed, depth=depth), machine.places[0], machine.threads) for depth in (8, 20))
+    first, device = configs[0], machine.places[0]
+    ends = [replace(first, depth=depth) for depth in TIMED[first.family]]
+    work = [training_flops(config) / config.steps / config.batch_size for config in ends]
+    batch_size = min(first.batch_size, max(MAX_TIMED // first.width, 1))
+    if device == "cpu":
+        batch_size = min(batch_size, max(int(MAX_FLOPS / work[0]), 1))
+    scale = first.batch_size / batch_size
+    short, long = (
+        measure(replace(config, batch_size=batch_size, bn_batch_size=None), device, machine.threads) for config in ends
+    )
     seconds = {}
     for config in configs:
-        share = (config.depth - 8) / 12
+        share = (training_flops(config) / config.steps / config.batch_size - work[0]) / (work[1] - work[0])
         step, image, start_up = (max(a + share * (b - a), 0.0) for a, b in zip(short, long, strict=True))
         seconds[config.run_id] = _run_seconds(config, Speed(step * scale, image, start_up))
     return seconds
@@ -132,7 +141,7 @@ def makespan(seconds: Sequence[float], jobs: int) -> float:
 def on_noise(config: RunConfig, device: str, *, compiled: bool = False, graphs: bool = True) -> Training:
     """A run on a few made-up images."""
     classes, size = config.num_classes, config.image_size
-    count = 2 * BATCH_SIZES.get(torch.device(device).type, 128)
+    count = 2 * evaluation_batch(device, size)
     pixels = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, device=device)
     labels = torch.randint(classes, (count,), device=device)
     images = Images(pixels, labels)

@@ -20,7 +20,8 @@ ZERO_CHANNELS = ("appended", "both-sides")  # of option A, in weights that are i
 IDENTITY = re.compile(r"identity:[a-z]+-[0-9]+-s[0-9]+-[0-9a-f]{8}:[0-9a-f]{12}")  # the run, and a hash of its weights
 
 
-AUGMENTS = ("crop-flip", "crop", "none")
+AUGMENTS = {"cifar": ("crop-flip", "crop", "none"), "imagenet": ("scale-color", "none")}
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels / 255, as most public trainers have it
 
 
 class Dataset(NamedTuple):
@@ -41,8 +42,14 @@ DATASETS = {
     "mnist": Dataset(60_000, 10_000, 10, 28, "crop"),
     "shapes": Dataset(10_000, 2_000, 10),
 }
-# folder:NAME:TRAINING+TEST IMAGES:CLASSES:SIZE:HASH, where the hash is of the decoded images and their labels
-FOLDER = re.compile(r"folder:([a-z0-9._-]{1,40}):([0-9]{1,9})\+([0-9]{1,9}):([0-9]{1,6}):([0-9]{1,4}):([0-9a-f]{12})")
+# KIND:NAME:TRAINING+TEST IMAGES:CLASSES:SIZE:HASH, where the hash is of what is in the folder
+FOLDER = re.compile(
+    r"(?:folder|imagenet):([a-z0-9._-]{1,40}):([0-9]{1,9})\+([0-9]{1,9}):([0-9]{1,6}):([0-9]{1,4}):([0-9a-f]{12})"
+)
+# Blocks of each stage in the nets of ImageNet, by depth: Table 1. From 50 layers on they are bottlenecks.
+TABLE_1 = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+BOTTLENECKS = (50, 101, 152)
+SHALLOW = {"cifar": 20, "imagenet": 18}  # depths of the nets that the paper begins with
 MAX_DEPTH = 10_000
 LIMITS = {"steps": 10**9, "batch_size": 2**16, "width": 2**10}  # far beyond any use
 MAX_SEED = 2**32 - 1
@@ -59,11 +66,20 @@ def dataset_of(name: str) -> Dataset:
     """
     if match := FOLDER.fullmatch(name):
         train, test, classes, size = map(int, match.groups()[1:5])
-        return Dataset(train, test, classes, size)
-    if name.startswith("folder:"):
-        raise ValueError(f"a folder of images is known by what is in it, folder:NAME:...; got {name!r}")
+        return Dataset(train, test, classes, size, usual_augment(name))
+    if kind := re.match("folder:|imagenet:", name):
+        raise ValueError(f"a folder of images is known by what is in it, {kind[0]}NAME:...; got {name!r}")
     check_is_one_of(DATASETS, "dataset", name)
     return DATASETS[name]
+
+
+def family_of(dataset: str) -> str:
+    """Of the nets that are trained on a data set: "imagenet" or "cifar", whose stems and stages differ."""
+    return "imagenet" if dataset.startswith("imagenet:") else "cifar"
+
+
+def usual_augment(dataset: str) -> str:
+    return AUGMENTS[family_of(dataset)][0]
 
 
 def short_name(dataset: str) -> str:
@@ -85,16 +101,33 @@ def blocks_per_stage(depth: int) -> int:
     return (depth - 2) // 6
 
 
+def blocks_of(family: str, depth: int) -> tuple[int, ...]:
+    """How many blocks each stage of a net has: n in each of three, or those of Table 1.
+
+    Args:
+        family: of nets, "cifar" or "imagenet".
+        depth: weight layers.
+
+    Raises:
+        ValueError: there is no net of this depth.
+    """
+    if family == "cifar":
+        return (blocks_per_stage(depth),) * 3
+    if depth not in TABLE_1:
+        raise ValueError(f"depth must be one of {', '.join(map(str, TABLE_1))} on ImageNet; got {depth}")
+    return TABLE_1[depth]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that changes a run's result. The defaults are the paper's protocol.
 
     Args:
         block: "plain", "residual", or "preact": residual with BN and ReLU before the convolutions (He et al. 2016b).
-        depth: weight layers, 6n+2.
+        depth: weight layers, 6n+2; on ImageNet 18, 34, 50, 101 or 152.
         seed: of the initial weights and of the order, crops and flips of the images.
         dataset: "cifar10", "cifar100", "svhn", "fashion-mnist", "mnist", "shapes", or the full name of a folder of
-            images (`degrade.data.folder.prepare`).
+            images (`degrade.data.folder.prepare`, `degrade.data.imagenet.prepare`).
         width: channels of the first stage.
         shortcut: "A" (zero padding), "B" (projection where the shape changes) or "C" (everywhere);
             plain nets have none.
@@ -106,7 +139,7 @@ class RunConfig:
         test_images: how many test images, likewise; None for all.
         split_seed: of the choice of training, validation and test images; the same for every seed.
         input_mean: of pixels / 255, a number each for red, green and blue, subtracted from the input; none of them
-            for the paper's per-pixel mean of the training images.
+            for the paper's per-pixel mean of the training images, or on ImageNet for the usual three.
         padding: of the crops: "mean" (zeros, after the mean was subtracted) or "black" (zeros, before).
         steps: updates.
         batch_size: images per update.
@@ -122,7 +155,11 @@ class RunConfig:
             linear layer, with weights, gradients and statistics in fp32).
         augment: of the training images: "crop-flip", the paper's: 4 pixels of padding on each side, a random crop,
             mirrored or not; "crop": the same, never mirrored; "none"; or "", which becomes what is usual for the
-            data set, "crop" for digits and "crop-flip" for all others.
+            data set, "crop" for digits, "crop-flip" for all others. On ImageNet "scale-color", the paper's: the shorter
+            side resized to a random length, a random crop, mirrored or not, and the colours shifted; or "none", the
+            middle of each image.
+        bn_batch_size: images over which BN takes its statistics in training: a part of each batch, so that batches can
+            be gathered from several passes or several GPUs; None for the whole batch.
 
     Raises:
         ValueError: naming the field, the rule and the value.
@@ -153,20 +190,24 @@ class RunConfig:
     decay: str = "all"
     precision: str = "fp32"
     augment: str = ""
+    bn_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, typed(field.name, getattr(self, field.name)))
-        blocks_per_stage(self.depth)
         known = dataset_of(self.dataset)
+        blocks_of(self.family, self.depth)
         object.__setattr__(self, "augment", self.augment or known.augment)
+        if self.family == "imagenet":
+            object.__setattr__(self, "input_mean", self.input_mean or IMAGENET_MEAN)
+            check_is_one_of(("plain", "residual"), "block on ImageNet", self.block)
         for name, allowed in (
             ("block", BLOCKS),
             ("shortcut", SHORTCUTS),
             ("padding", PADDINGS),
             ("decay", DECAYS),
             ("precision", PRECISIONS),
-            ("augment", AUGMENTS),
+            ("augment", AUGMENTS[self.family]),
         ):
             check_is_one_of(allowed, name, getattr(self, name))
         if not IDENTITY.fullmatch(self.init):
@@ -199,6 +240,8 @@ class RunConfig:
             )
         if len(self.input_mean) not in (0, 3) or not all(map(math.isfinite, self.input_mean)):
             raise ValueError(f"input_mean must be three numbers, such as 0.49,0.48,0.45; got {list(self.input_mean)}")
+        if self.bn_batch_size is not None and (self.bn_batch_size < 1 or self.batch_size % self.bn_batch_size):
+            raise ValueError(f"bn_batch_size must divide the batch_size {self.batch_size}; got {self.bn_batch_size}")
         if self.momentum >= 1:
             raise ValueError(f"momentum must be below 1; got {self.momentum}")
         if list(self.milestones) != sorted(set(self.milestones)) or (self.milestones and self.milestones[0] < 0):
@@ -213,6 +256,11 @@ class RunConfig:
     def test_set_size(self) -> int:
         """How many images the net is tested on."""
         return self.test_images or dataset_of(self.dataset).test_images
+
+    @property
+    def family(self) -> str:
+        """Of the net: "cifar" or "imagenet"."""
+        return family_of(self.dataset)
 
     @property
     def image_size(self) -> int:
@@ -347,6 +395,16 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 
 
+# Section 3.4. The learning rate falls "when the error plateaus", which Fig. 4 shows near these steps.
+PAPER_ON_IMAGENET: dict[str, Any] = {
+    "width": 64,
+    "steps": 600_000,
+    "milestones": (150_000, 300_000),
+    "batch_size": 256,
+    "warmup_steps": 0,
+}
+
+
 def protocol_fields(protocol: str, overrides: Mapping[str, Any], dataset: str = "cifar10") -> dict[str, Any]:
     """The shared fields of a study: the protocol's, then `overrides`.
 
@@ -359,6 +417,8 @@ def protocol_fields(protocol: str, overrides: Mapping[str, Any], dataset: str = 
     check_is_one_of(PROTOCOLS, "protocol", protocol)
     known = dataset_of(dataset)
     values = dict(PROTOCOLS[protocol])
+    if protocol == "paper" and family_of(dataset) == "imagenet":
+        values = dict(PAPER_ON_IMAGENET)
     for name, there in (("train_images", known.train_images), ("test_images", known.test_images)):
         if values.get(name, 0) > there:
             del values[name]
@@ -387,7 +447,7 @@ def overridden(protocol: str, fields: Mapping[str, Any], dataset: str = "cifar10
 def _shared(protocol: str, dataset: str) -> dict[str, Any]:
     """The shared fields of a study of the protocol itself."""
     values = protocol_fields(protocol, {}, dataset)
-    return RunConfig(block="plain", depth=20, seed=0, dataset=dataset, **values).shared()
+    return RunConfig(block="plain", depth=SHALLOW[family_of(dataset)], seed=0, dataset=dataset, **values).shared()
 
 
 def study_name(dataset: str, protocol: str, overrides: Mapping[str, Any]) -> str:

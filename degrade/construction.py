@@ -13,8 +13,8 @@ import torch
 from degrade import commit, store
 from degrade.analysis import identity
 from degrade.analysis.identity import Comparison
-from degrade.config import RunConfig, blocks_per_stage
-from degrade.data import Splits
+from degrade.config import BOTTLENECKS, RunConfig, blocks_of
+from degrade.data import Splits, Stream, in_memory
 from degrade.data.plan import SamplePlan
 from degrade.errors import Failure
 from degrade.store import Run, Study
@@ -31,10 +31,16 @@ Progress = Callable[[Iterable[T], str, int], Iterable[T]]  # of what is iterated
 def check(run: Run, depth: int) -> None:
     """
     Raises:
-        ValueError: `depth` is not 6n+2, or cannot hold the run's net and more.
+        ValueError: there is no net of this depth, or it cannot hold the run's net and more.
         Failure: the run has not been trained to its end.
     """
-    blocks_per_stage(depth)
+    blocks_of(run.config.family, depth)
+    bottleneck = run.config.family == "imagenet" and depth in BOTTLENECKS
+    if bottleneck and (run.config.depth not in BOTTLENECKS or run.config.block == "plain"):
+        raise ValueError(
+            "only a residual net of bottleneck blocks can hold another one: plain ones narrow what they are given; "
+            f"got {run.config.block}-{run.config.depth} and {depth}"
+        )
     if depth <= run.config.depth:
         raise ValueError(f"depth must be above the run's, {run.config.depth}, to hold its net; got {depth}")
     if run.outcome != "done":
@@ -60,19 +66,23 @@ def prove(trained: Trained, run: Run, depth: int, splits: Splits, progress: Prog
     config = replace(trained.config, depth=depth)
     exact, close = make_net(config).eval(), make_net(config).eval()
     identity.deepen(trained.net, exact)
-    batches = training_batches(trained.config, splits, CALIBRATION_BATCHES)
+    seed = config.split_seed
+    parts = {"train": in_memory(splits.train, seed), "test": in_memory(splits.test, seed)}
+    batches = training_batches(trained.config, replace(splits, train=parts["train"]), CALIBRATION_BATCHES)
     start_net(trained, close, batches)
     record: dict[str, Any] = {
         "source": {"study": run.study, "run": run.folder.resolve().name, "weights": trained.sha256},
         "block": config.block,
         "shallow": trained.config.depth,
         "deep": depth,
-        "blocks_added_to_each_stage": blocks_per_stage(depth) - blocks_per_stage(trained.config.depth),
+        "blocks_added_to_each_stage": _blocks_added(config, trained.config),
     }
-    for split, images in (("train", splits.train), ("test", splits.test)):
-        parts = identity.normalised(images, splits.mean)
+    if isinstance(splits.train, Stream):
+        record["images"] = {split: len(images) for split, images in parts.items()}
+    for split, images in parts.items():
+        whole = identity.normalised(images, splits.mean)
         count = -(-len(images) // identity.BATCH_SIZE)
-        compared = identity.compare(trained.net, exact, progress(parts, f"{split} images", count))
+        compared = identity.compare(trained.net, exact, progress(whole, f"{split} images", count))
         record[split] = compared._asdict()
         if compared.deep_error != compared.shallow_error:
             errors = f"{compared.deep_error} and {compared.shallow_error}, logits to within {compared.max_difference}"
@@ -84,9 +94,16 @@ def prove(trained: Trained, run: Run, depth: int, splits: Splits, progress: Prog
     return record
 
 
+def _blocks_added(deep: RunConfig, shallow: RunConfig) -> int | list[int]:
+    """One number where it is the same for each stage, as in the nets of CIFAR-10."""
+    counts = (blocks_of(config.family, config.depth) for config in (deep, shallow))
+    added = [more - less for more, less in zip(*counts, strict=True)]
+    return added[0] if len(set(added)) == 1 else added
+
+
 def training_batches(config: RunConfig, splits: Splits, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The first batches that a run of this configuration trains on, augmented: (B, 3, H, W) and labels (B,)."""
-    plan = SamplePlan(len(splits.train), config.batch_size, config.seed)
+    plan = SamplePlan(len(splits.train), config.batch_size, config.seed, config.augment)
     return [training_batch(splits, plan.batch(step), config.padding) for step in range(count)]
 
 

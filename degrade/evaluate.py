@@ -6,11 +6,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from degrade.data import Images
+from degrade.data.imagenet import Stream
+from degrade.data.images import Images
 from degrade.data.plan import normalise
 from degrade.engine.process import autocast
 
 BATCH_SIZES = {"cpu": 128, "cuda": 1000}  # activations of 128 images stay in a CPU's cache; a GPU wants more
+SMALLEST = {"cpu": 32, "cuda": 256}  # however large the images are
+
+
+def evaluation_batch(device: torch.device | str, size: int) -> int:
+    """Images of so many pixels a side that are evaluated at a time."""
+    kind = torch.device(device).type
+    many = BATCH_SIZES.get(kind, 128)
+    return max(many * 32**2 // max(size, 32) ** 2, SMALLEST.get(kind, 32))
 
 
 class Evaluation:
@@ -20,16 +29,20 @@ class Evaluation:
 
     Args:
         net: takes normalised float images to logits.
-        split: the images, on the net's device.
+        split: the images, on the net's device or on the disk.
         mean: the per-pixel mean of the training images, (3, H, W).
         precision: of `RunConfig`.
     """
 
-    def __init__(self, net: nn.Module, split: Images, mean: Tensor, precision: str = "fp32"):
+    def __init__(self, net: nn.Module, split: Images | Stream, mean: Tensor, precision: str = "fp32"):
         self.net, self.split, self.mean = net, split, mean
         device = mean.device
-        self.batch_size = min(BATCH_SIZES.get(device.type, 128), len(split))
+        self.batch_size = min(evaluation_batch(device, mean.shape[-1]), len(split))
         self.batches = -(-len(split) // self.batch_size)
+        self.labels = split.labels.to(device)
+        self.images: Tensor | None = None  # those of the next batch, where they come from the disk
+        if isinstance(split, Stream):
+            self.images = torch.zeros(self.batch_size, *mean.shape, dtype=torch.uint8, device=device)
         self.autocast = partial(autocast, precision, device)
         self.first = torch.arange(self.batch_size, device=device)
         self.number = torch.zeros(1, dtype=torch.int64, device=device)  # of the batch
@@ -45,6 +58,13 @@ class Evaluation:
         """Begin the pass."""
         self.number.zero_()
         self.wrong.zero_()
+        if isinstance(self.split, Stream):
+            self.coming = self.split.middles(self.batch_size)
+
+    def feed(self) -> None:
+        """Put the images of the next batch where `step` finds them, if they are not there anyhow."""
+        if self.images is not None:
+            self.images.copy_(next(self.coming), non_blocking=True)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -54,8 +74,10 @@ class Evaluation:
         index = self.first + self.number * self.batch_size
         counted = index < len(self.split)
         index = index.clamp(max=len(self.split) - 1)
-        y = self.split.labels[index]
-        x = normalise(self.split.images[index], self.mean).contiguous(memory_format=torch.channels_last)
+        y = self.labels[index]
+        images = self.split.images[index] if isinstance(self.split, Images) else self.images
+        assert images is not None  # a stream has a place for them
+        x = normalise(images, self.mean).contiguous(memory_format=torch.channels_last)
         with self.autocast():
             logits = self.net(x).float()
         losses = F.cross_entropy(logits, y, reduction="none")
@@ -79,7 +101,7 @@ def evaluate(net: nn.Module, images: Tensor, labels: Tensor, mean: Tensor) -> tu
     """
     was_training = net.training
     evaluation = Evaluation(net, Images(images, labels), mean)
-    for _ in range(evaluation.batches):
+    for _ in range(evaluation.batches):  # nothing to feed: they are in memory
         evaluation.step()
     net.train(was_training)
     return evaluation.result(evaluation.losses.cpu(), evaluation.wrong.cpu())

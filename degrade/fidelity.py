@@ -1,13 +1,15 @@
 """How a study's protocol departs from the published one, field by field. Imports no torch.
 
-The published protocol is section 4.2 of He et al. 2015 (arXiv:1512.03385): the defaults of `RunConfig`.
+The published protocol is section 4.2 of He et al. 2015 (arXiv:1512.03385), the defaults of `RunConfig`; for the nets of
+ImageNet section 3.4.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from degrade import paper
-from degrade.config import dataset_of
+from degrade.config import PAPER_ON_IMAGENET, dataset_of, family_of, short_name
 
 
 class Departure(NamedTuple):
@@ -30,7 +32,7 @@ class Departure(NamedTuple):
 NOT_PROTOCOL = ("block", "depth", "seed", "split_seed")
 
 # Fields whose published value is open: they change the text of an assumed choice.
-OPEN = ("val_images", "decay", "padding")
+OPEN = ("val_images", "decay", "padding", "bn_batch_size")
 
 
 def _number(value: Any) -> str:
@@ -62,7 +64,17 @@ def _shortcut(value: Any) -> str:
 
 def _augment(value: Any) -> str:
     crop = "random crops from 4 pixels of padding"
-    return {"crop-flip": f"{crop}, mirrored or not", "crop": f"{crop}, never mirrored", "none": "none"}[str(value)]
+    return {
+        "crop-flip": f"{crop}, mirrored or not",
+        "crop": f"{crop}, never mirrored",
+        "scale-color": "random scale, crop and mirroring, and shifted colours",
+        "none": "none",
+    }[str(value)]
+
+
+def _dataset(value: Any) -> str:
+    size = f", crops of {dataset_of(value).image_size} pixels" if str(value).startswith("imagenet:") else ""
+    return f"{short_name(str(value))}{size}"
 
 
 def _precision(value: Any) -> str:
@@ -71,7 +83,7 @@ def _precision(value: Any) -> str:
 
 # field: what it is called, its published value, and how either is said
 PUBLISHED: dict[str, tuple[str, Any, Callable[[Any], str]]] = {
-    "dataset": ("data set", "cifar10", str),
+    "dataset": ("data set", "cifar10", _dataset),
     "width": ("channels of the first stage", 16, _number),
     "shortcut": ("shortcuts", "A", _shortcut),
     "init": ("initial weights", "he", _init),
@@ -92,6 +104,19 @@ PUBLISHED: dict[str, tuple[str, Any, Callable[[Any], str]]] = {
 }
 
 
+# Where section 3.4 says otherwise. The learning rate falls when the error plateaus, which leaves open when that is.
+ON_IMAGENET: dict[str, Any] = {
+    "dataset": "imagenet",
+    "width": 64,
+    "steps": PAPER_ON_IMAGENET["steps"],
+    "batch_size": 256,
+    "warmup_steps": 0,
+    "augment": "scale-color",
+}
+NOT_ON_IMAGENET = ("milestones", "warmup_depth", "warmup_lr")
+GENUINE = re.compile(r"imagenet:[^:]+:1281167\+50000:1000:224:[0-9a-f]{12}")
+
+
 def departures(shared: Mapping[str, Any], imported: Mapping[str, Any] | None = None) -> list[Departure]:
     """Where a study departs from the published protocol, and what it does where that leaves a choice open.
 
@@ -103,24 +128,28 @@ def departures(shared: Mapping[str, Any], imported: Mapping[str, Any] | None = N
     Returns:
         The explicit ones first, in the order of the configuration's fields.
     """
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in shared.items()}
+    values: dict[str, Any] = {n: list(value) if isinstance(value, tuple) else value for n, value in shared.items()}
+    table = PUBLISHED
+    if imagenet := family_of(values["dataset"]) == "imagenet":
+        there = {name: row for name, row in PUBLISHED.items() if name not in NOT_ON_IMAGENET}
+        table = {name: (title, ON_IMAGENET.get(name, value), say) for name, (title, value, say) in there.items()}
     explicit = [
         Departure(title, say(published), say(values[name]), "explicit")
-        for name, (title, published, say) in PUBLISHED.items()
-        if values[name] != published
+        for name, (title, published, say) in table.items()
+        if values[name] != published and not (name == "dataset" and GENUINE.fullmatch(values[name]))
     ]
     if imported is not None:
         own = imported.get("departures")
         lines = [str(line) for line in own] if isinstance(own, list) else []
         return explicit + [Departure("as imported", "", line, "explicit") for line in lines]
-    return explicit + [Departure(*choice, "assumed") for choice in _choices(values)]
+    choices = _choices_on_imagenet(values) if imagenet else _choices(values)
+    return explicit + [Departure(*choice, "assumed") for choice in [*choices, *_choices_anywhere(values)]]
 
 
 def _choices(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(what, what the paper says, what is done here)"""
+    """(what, what the paper says, what is done here): of section 4.2."""
     held_out = values["val_images"]
     size = values["train_images"] or dataset_of(values["dataset"]).train_images - held_out
-    decayed = {"all": "all parameters", "conv": "weights of convolutions and the linear layer only"}[values["decay"]]
     padded = {"mean": "after", "black": "before"}[values["padding"]]
     choices = [
         (
@@ -128,23 +157,13 @@ def _choices(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             "45,000 in the search for the schedule; not said of the final nets",
             f"{size:,}; {f'{held_out:,} held out for validation' if held_out else 'none held out'}",
         ),
-        ("what decays", "not said; fb.resnet.torch's README: convolution weights only", decayed),
         ("padding", "not said whether before or after the mean is subtracted", f"zeros, {padded} it"),
-        ("range of the pixels", "not said", "divided by 255; the scale cancels in the first batch normalisation"),
-        ("last batch of an epoch", "not said", "full, as all are: one stream of permutations, cut into batches"),
-        ("running statistics of BN", "not said", "averages that move by 0.1 an update (PyTorch's default)"),
         (
             "training error",
             "not said how it was measured",
             "of the whole training set, clean images, in eval mode, after each epoch",
         ),
-        ("which step counts", "not said", "the last one, never the best on test"),
     ]
-    if not values["init"].startswith("identity:"):
-        how = "fan-out, the linear layer too, whose bias starts at 0"
-        choices.append(("He's initialisation by", "not said whether fan-in or fan-out", how))
-    if values["shortcut"] == "A":
-        choices.append(("zero channels of option A", "not said on which side", "appended after the others"))
     if values["warmup_steps"]:
         choices.append(
             (
@@ -153,6 +172,51 @@ def _choices(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
                 f"after {values['warmup_steps']:,} steps, for all blocks of at least {values['warmup_depth']} layers",
             )
         )
+    return choices
+
+
+def _choices_on_imagenet(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Of section 3.4."""
+    known = dataset_of(values["dataset"])
+    measured = min(known.train_images, known.test_images)
+    return [
+        (
+            "learning rate divided by 10",
+            "when the error plateaus; in Fig. 4 near steps 150,000 and 300,000",
+            f"at steps {_steps(values['milestones'])}",
+        ),
+        ("colour augmentation", "the standard one", "Krizhevsky et al. 2012: shifts along principal components"),
+        ("resizing", "not said how", "bilinear, antialiased (Pillow)"),
+        ("test", "10 crops, or several scales", "1 crop: the shorter side 256 for a crop of 224, and the middle"),
+        (
+            "training error",
+            "not said how it was measured",
+            f"of {measured:,} training images, their middles, in eval mode, after each epoch",
+        ),
+        ("stride of a bottleneck", "in its first 1x1 convolution (the authors' own nets)", "in its 3x3 convolution"),
+    ]
+
+
+def _choices_anywhere(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    decayed = {"all": "all parameters", "conv": "weights of convolutions and the linear layer only"}[values["decay"]]
+    part = values["bn_batch_size"]
+    choices = [
+        ("what decays", "not said; fb.resnet.torch's README: convolution weights only", decayed),
+        ("range of the pixels", "not said", "divided by 255; the scale cancels in the first batch normalisation"),
+        ("last batch of an epoch", "not said", "full, as all are: one stream of permutations, cut into batches"),
+        ("running statistics of BN", "not said", "averages that move by 0.1 an update (PyTorch's default)"),
+        (
+            "statistics of BN in training",
+            "not said; batches were shared by several GPUs",
+            f"of {part:,} images each" if part else "of the whole batch",
+        ),
+        ("which step counts", "not said", "the last one, never the best on test"),
+    ]
+    if not values["init"].startswith("identity:"):
+        how = "fan-out, the linear layer too, whose bias starts at 0"
+        choices.append(("He's initialisation by", "not said whether fan-in or fan-out", how))
+    if values["shortcut"] == "A":
+        choices.append(("zero channels of option A", "not said on which side", "appended after the others"))
     if values["momentum"]:
         theirs, ours = "not said; the authors' Caffe: v = mu v + lr g, p -= v", "PyTorch's: v = mu v + g, p -= lr v"
         choices.append(("momentum where the learning rate changes", theirs, ours))

@@ -1,14 +1,16 @@
-"""The plain and residual nets of He et al., "Deep Residual Learning" (arXiv:1512.03385), section 4.2.
+"""The plain and residual nets of He et al., "Deep Residual Learning" (arXiv:1512.03385), sections 3.3, 4.1 and 4.2.
 
 A plain and a residual net of one depth are the same modules in the same order; the residual one adds each
 block's input to its output. With shortcut A they have exactly the same parameters. "preact" is the residual
 net with full pre-activation blocks of the follow-up paper (arXiv:1603.05027).
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from degrade.config import BLOCKS, SHORTCUTS, blocks_per_stage
+from degrade.config import BLOCKS, BOTTLENECKS, SHORTCUTS, blocks_of
 
 
 class PadShortcut(nn.Module):
@@ -61,6 +63,41 @@ class TwoLayers(nn.Module):
         return out
 
 
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions, each followed by BN; the first narrows to a quarter, the last widens again.
+
+    The stride is the 3x3 convolution's, as in torchvision and fb.resnet.torch; the authors' own nets have it in the
+    first 1x1 convolution. The ReLU that follows the block is done by the next one, as `TwoLayers` has it.
+    Source: Fig. 5, right, and Table 1.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: str | None):
+        super().__init__()
+        narrow = out_channels // 4
+        self.conv1 = nn.Conv2d(in_channels, narrow, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(narrow)
+        self.conv2 = nn.Conv2d(narrow, narrow, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(narrow)
+        self.conv3 = nn.Conv2d(narrow, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.residual = shortcut is not None
+        self.shortcut = make_shortcut(shortcut or "A", in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x)
+        out: Tensor = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        if self.residual:
+            out = out + self.shortcut(x)
+        return out
+
+    def without_layers(self, x: Tensor) -> Tensor:
+        """What is left when its three layers are deleted: the shortcut; in a plain net that of option A."""
+        out: Tensor = self.shortcut(F.relu(x))
+        return out
+
+
 class PreActivation(nn.Module):
     """Two 3x3 convolutions, each preceded by BN and ReLU, and a shortcut that nothing but addition touches.
 
@@ -90,27 +127,51 @@ class PreActivation(nn.Module):
         return out
 
 
-Block = TwoLayers | PreActivation
+Block = TwoLayers | Bottleneck | PreActivation
 
 
-class CifarNet(nn.Module):
-    """A 3x3 stem, three stages of n two-layer blocks on 32/16/8-pixel maps, average pooling, a linear layer."""
+class Net(nn.Module):
+    """A stem, stages of blocks of which each but the first begins with stride 2, average pooling, a linear layer.
 
-    def __init__(self, n: int, width: int, block: str, shortcut: str, num_classes: int):
+    Args:
+        stem: "3x3": one convolution, for the small images of CIFAR-10; "7x7": one of stride 2 and max pooling.
+        counts: blocks of each stage.
+        width: channels of the stem, and of the first stage's 3x3 convolutions; they double from stage to stage.
+        block, shortcut, num_classes: as of `cifar_net`.
+        bottleneck: whether blocks have three layers, and give four times as many channels.
+    """
+
+    def __init__(
+        self,
+        stem: str,
+        counts: Sequence[int],
+        width: int,
+        block: str,
+        shortcut: str,
+        num_classes: int,
+        *,
+        bottleneck: bool = False,
+    ):
         super().__init__()
-        self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        if stem == "3x3":
+            self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        else:
+            self.conv = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
         self.bn = nn.BatchNorm2d(width)
+        self.pool = nn.Identity() if stem == "3x3" else nn.MaxPool2d(3, 2, padding=1)
         self.stages = nn.Sequential()
-        channels = width
-        for stage in range(3):
-            out_channels = width * 2**stage
+        channels, option = width, shortcut if block == "residual" else None
+        for stage, count in enumerate(counts):
+            out_channels = width * 2**stage * (4 if bottleneck else 1)
             blocks = nn.Sequential()
-            for i in range(n):
+            for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
                 if block == "preact":
                     blocks.append(PreActivation(channels, out_channels, stride, shortcut, first=stage == i == 0))
+                elif bottleneck:
+                    blocks.append(Bottleneck(channels, out_channels, stride, option))
                 else:
-                    blocks.append(TwoLayers(channels, out_channels, stride, shortcut if block == "residual" else None))
+                    blocks.append(TwoLayers(channels, out_channels, stride, option))
                 channels = out_channels
             self.stages.append(blocks)
         self.last_bn = nn.BatchNorm2d(channels) if block == "preact" else nn.Identity()
@@ -122,16 +183,19 @@ class CifarNet(nn.Module):
         return [block for stage in self.stages.children() for block in stage.children()]  # type: ignore[misc]
 
     def stem(self, x: Tensor) -> Tensor:
-        """Normalised images (B, 3, 32, 32) to what the first block takes, (B, width, 32, 32)."""
-        out: Tensor = self.bn(self.conv(x))
+        """Normalised images (B, 3, H, W) to what the first block takes, (B, width, H, W), or a quarter of H and W.
+
+        Max pooling comes before the ReLU, which the first block does; they can be exchanged.
+        """
+        out: Tensor = self.pool(self.bn(self.conv(x)))
         return out
 
     def head(self, x: Tensor) -> Tensor:
-        """What the last block gives, (B, 4 width, 8, 8), to logits (B, num_classes)."""
+        """What the last block gives, (B, C, h, w), to logits (B, num_classes)."""
         logits: Tensor = self.linear(F.relu(self.last_bn(x)).mean(dim=(2, 3)))
         return logits
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, 3, 32, 32)
+    def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W)
         return self.head(self.stages(self.stem(x)))
 
 
@@ -153,11 +217,16 @@ def zero_gamma(net: nn.Module) -> None:
     Source: Goyal et al. 2017 (arXiv:1706.02677), section 5.1.
     """
     for module in net.modules():
-        if isinstance(module, TwoLayers) and module.residual:
-            nn.init.zeros_(module.bn2.weight)
+        if isinstance(module, TwoLayers | Bottleneck) and module.residual:
+            nn.init.zeros_(last_norm(module).weight)
 
 
-def cifar_net(depth: int, block: str, *, width: int = 16, shortcut: str = "A", num_classes: int = 10) -> CifarNet:
+def last_norm(block: TwoLayers | Bottleneck) -> nn.BatchNorm2d:
+    """The BN after the last convolution of a block."""
+    return block.bn3 if isinstance(block, Bottleneck) else block.bn2
+
+
+def cifar_net(depth: int, block: str, *, width: int = 16, shortcut: str = "A", num_classes: int = 10) -> Net:
     """The net of section 4.2 with `depth` weight layers, freshly initialised from torch's global generator.
 
     Args:
@@ -174,7 +243,33 @@ def cifar_net(depth: int, block: str, *, width: int = 16, shortcut: str = "A", n
     Raises:
         ValueError: a depth that is not 6n+2, an unknown block or shortcut, a width or number of classes below 1.
     """
-    n = blocks_per_stage(depth)
+    return _checked("3x3", "cifar", depth, block, width, shortcut, num_classes)
+
+
+def imagenet_net(depth: int, block: str, *, width: int = 64, shortcut: str = "A", num_classes: int = 1000) -> Net:
+    """A net of Table 1 with `depth` weight layers, freshly initialised from torch's global generator.
+
+    Args:
+        depth: 18 or 34, of two-layer blocks; 50, 101 or 152, of bottleneck blocks.
+        block: "plain" or "residual".
+        width: channels of the stem, 64 in the paper.
+        shortcut: "A", "B" or "C" (a plain net has none). The paper's 18 and 34 have A, its deeper ones B.
+        num_classes: outputs of the linear layer.
+
+    Returns:
+        A module taking float images (batch, 3, height, width), 224x224 in the paper, to logits
+        (batch, num_classes). Its modules are registered in the order data passes through them.
+
+    Raises:
+        ValueError: another depth, an unknown block or shortcut, a width or number of classes below 1.
+    """
+    if block == "preact":
+        raise ValueError("block must be plain or residual in the nets of ImageNet; got 'preact'")
+    return _checked("7x7", "imagenet", depth, block, width, shortcut, num_classes)
+
+
+def _checked(stem: str, family: str, depth: int, block: str, width: int, shortcut: str, num_classes: int) -> Net:
+    counts = blocks_of(family, depth)
     if block not in BLOCKS:
         raise ValueError(f"block must be one of {', '.join(BLOCKS)}; got {block!r}")
     if shortcut not in SHORTCUTS:
@@ -183,9 +278,13 @@ def cifar_net(depth: int, block: str, *, width: int = 16, shortcut: str = "A", n
         raise ValueError(f"width must be at least 1; got {width}")
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1; got {num_classes}")
-    net = CifarNet(n, width, block, shortcut, num_classes)
+    bottleneck = family == "imagenet" and depth in BOTTLENECKS
+    net = Net(stem, counts, width, block, shortcut, num_classes, bottleneck=bottleneck)
     he_init(net)
     return net
+
+
+FAMILIES = {"cifar": cifar_net, "imagenet": imagenet_net}
 
 
 def parameter_count(net: nn.Module) -> int:

@@ -27,12 +27,14 @@ from degrade.analysis.lesion import lesion, lesion_rows
 from degrade.analysis.responses import responses
 from degrade.analysis.statistics import bn_rows, recalibrated
 from degrade.bench import median_seconds
-from degrade.config import INITS, PROBES, RunConfig, blocks_per_stage
-from degrade.data import Images, Splits, stratified
+from degrade.config import INITS, PROBES, RunConfig, blocks_of
+from degrade.data import Splits, Stream, in_memory, stratified
+from degrade.data.images import Images
 from degrade.data.plan import Batch, SamplePlan, normalise
 from degrade.engine.process import set_precision
 from degrade.errors import Failure
-from degrade.nets import CifarNet, cifar_net, zero_gamma
+from degrade.evaluate import evaluation_batch
+from degrade.nets import FAMILIES, Net, zero_gamma
 from degrade.store import Run, Study, read_json, to_json
 from degrade.train import load_splits, training_batch
 from degrade.weights import Trained, load_weights, make_net
@@ -103,7 +105,7 @@ class Part:
         if self.probe == "gradients":
             return len(self.asked["weights"]) * (depth + len(DISTANCES))
         if self.probe == "lesion":
-            return lesion_rows(3 * blocks_per_stage(depth))
+            return lesion_rows(sum(blocks_of(self.run.config.family, depth)))
         if self.probe == "landscape":
             return landscape_rows(2 * points + 1, 1) + landscape_rows(points, 2)
         return 4
@@ -279,22 +281,28 @@ def choose(passes: float, most: int, points: int | None = None) -> Landscapes:
 
 
 @lru_cache
-def forward_seconds(depth: int, width: int, shortcut: str, size: int, device: str) -> float:
+def forward_seconds(family: str, depth: int, width: int, shortcut: str, size: int, device: str) -> float:
     """Seconds a forward pass takes, an image."""
-    net = cifar_net(depth, "residual", width=width, shortcut=shortcut).eval().to(device)
-    images = torch.randn(BATCH, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    net = FAMILIES[family](depth, "residual", width=width, shortcut=shortcut).eval().to(device)
+    count = evaluation_batch(device, size)
+    images = torch.randn(count, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def forward() -> None:
         net(images)
 
-    return median_seconds(forward, device, 5) / BATCH
+    return median_seconds(forward, device, 5) / count
 
 
 def image_seconds(config: RunConfig, device: str) -> float:
-    """Seconds a forward pass of one image takes: a straight line in depth through depths 8 and 20, which are timed."""
-    net = config.width, config.shortcut, config.image_size
-    short, long = (forward_seconds(depth, *net, device) for depth in (8, 20))
+    """Seconds a forward pass of one image takes; of the nets of CIFAR-10 a straight line in depth through two of them.
+
+    Those are 8 and 20 layers deep, and timed.
+    """
+    net = config.width, config.shortcut, config.image_size, device
+    if config.family == "imagenet":
+        return forward_seconds("imagenet", config.depth, *net)
+    short, long = (forward_seconds("cifar", depth, *net) for depth in (8, 20))
     return max(short + (config.depth - 8) / 12 * (long - short), short)
 
 
@@ -416,12 +424,12 @@ def records(part: Part, splits: Splits, skip: int) -> Iterator[dict[str, object]
     splits = replace(splits, mean=net.mean)
     if part.probe == "bn":
         train, test = bn_images(config, asked["images"])
-        train_images, test_images = some(splits.train, train, config), some(splits.test, test, config)
-        calibration = some(splits.train, recalibration_images(config, train), config)
+        train_images, test_images = some(splits.train, train, config, mean), some(splits.test, test, config, mean)
+        calibration = some(splits.train, recalibration_images(config, train), config, mean)
         batches = (x for x, _ in training_batches(replace(splits, train=calibration), config))
         yield from islice(bn_rows(net.net, train_images, test_images, net.mean, batches), skip, None)
         return
-    images = some(splits.test if part.probe == "lesion" else splits.train, asked["images"], config)
+    images = some(splits.test if part.probe == "lesion" else splits.train, asked["images"], config, mean)
     splits = replace(splits, train=images)
     if part.probe == "responses":
         rows = responses(net.net, images.images, net.mean, batch_statistics=part.init)
@@ -450,7 +458,7 @@ def records(part: Part, splits: Splits, skip: int) -> Iterator[dict[str, object]
 
 def gradient_rows(net: Trained, splits: Splits) -> Iterator[dict[str, object]]:
     """Norms on augmented batches, then correlations on the images as they are; all of the training images given."""
-    images = splits.train
+    images = in_memory(splits.train)
     x = normalise(images.images, net.mean).contiguous(memory_format=torch.channels_last)
     settled = in_eval_mode(net, splits)
     for rows in (
@@ -461,7 +469,7 @@ def gradient_rows(net: Trained, splits: Splits) -> Iterator[dict[str, object]]:
             yield {"kind": row["kind"], "step": net.step} | row | {"images": len(images)}
 
 
-def in_eval_mode(net: Trained, splits: Splits) -> CifarNet:
+def in_eval_mode(net: Trained, splits: Splits) -> Net:
     """The net, or a fresh one with the statistics of these training images: it has none of its own yet."""
     return net.net if net.step else recalibrated(net.net, (x for x, _ in training_batches(splits, net.config)))
 
@@ -474,15 +482,16 @@ def training_batches(splits: Splits, config: RunConfig) -> Iterator[tuple[Tensor
         config: whose seed and padding they have. Statistics recalibrated on crops that are padded otherwise than
             those that the net was trained on are worse.
     """
-    plan = SamplePlan(len(splits.train), min(BATCH, len(splits.train)), config.seed)
+    plan = SamplePlan(len(splits.train), min(BATCH, len(splits.train)), config.seed, config.augment)
     for step in range(len(splits.train) // plan.batch_size):
         batch = Batch(*(choice.to(splits.mean.device) for choice in vars(plan.batch(step)).values()))
         yield training_batch(splits, batch, config.padding)
 
 
-def some(images: Images, count: int, config: RunConfig) -> Images:
-    """So many of them, the same for every run of a study, and each class with its share."""
-    return images.take(stratified(images.labels.cpu(), count, config.split_seed).to(images.labels.device))
+def some(images: Images | Stream, count: int, config: RunConfig, mean: Tensor) -> Images:
+    """So many of them, the same for every run of a study, and each class with its share, on the device of `mean`."""
+    chosen = stratified(images.labels.cpu(), count, config.split_seed).to(images.labels.device)
+    return images.take(chosen).to(mean.device)
 
 
 def final_weights(run: Run, mean: Tensor) -> Trained:

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from degrade import commit, store
 from degrade.config import RunConfig
-from degrade.data import Images, Splits
+from degrade.data import Splits, Stream
+from degrade.data.images import Images
 from degrade.errors import Failure
 from degrade.evaluate import evaluate
 from degrade.log import Epoch, to_csv
-from degrade.nets import Block, CifarNet, PreActivation
+from degrade.nets import Block, Net, PreActivation
 from degrade.provenance import environment
 from degrade.store import Run, Study
 from degrade.weights import is_safetensors, make_net, read_tensors
@@ -130,7 +131,7 @@ def _by_order(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return groups
 
 
-def fit(config: RunConfig, tensors: Mapping[str, Tensor], *, std: Sequence[float], zero_channels: str) -> CifarNet:
+def fit(config: RunConfig, tensors: Mapping[str, Tensor], *, std: Sequence[float], zero_channels: str) -> Net:
     """The net of `config` with these weights, in eval mode.
 
     Args:
@@ -206,7 +207,7 @@ def _shape(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else "x".join(map(str, tensor.shape))
 
 
-def _norm_after(net: CifarNet, convolution: nn.Conv2d) -> nn.BatchNorm2d:
+def _norm_after(net: Net, convolution: nn.Conv2d) -> nn.BatchNorm2d:
     """The BN that data passes through right after this convolution.
 
     Raises:
@@ -220,7 +221,7 @@ def _norm_after(net: CifarNet, convolution: nn.Conv2d) -> nn.BatchNorm2d:
     return after
 
 
-def _append_zero_channels(net: CifarNet) -> None:
+def _append_zero_channels(net: Net) -> None:
     """Permute the channels of stages 2 and 3 of a net whose shortcuts put half of the zeros before the others."""
     order = torch.arange(net.conv.out_channels)  # of the channels of a stage's stream: theirs, in our order
     for stage in list(net.stages.children())[1:]:
@@ -417,5 +418,6 @@ def import_weights(
     return Run.open(study.name, folder)
 
 
-def _measure(net: CifarNet, split: Images, mean: Tensor) -> tuple[float, float]:
+def _measure(net: Net, split: Images | Stream, mean: Tensor) -> tuple[float, float]:
+    assert isinstance(split, Images)  # the command refuses what is on the disk
     return evaluate(net, split.images, split.labels, mean)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from degrade import commit
 from degrade.commit import Held, Holder, create_file, hold, make_folder, write_file
-from degrade.config import BLOCKS, SWEPT, RunConfig, matches_protocol, run_id
+from degrade.config import BLOCKS, SHALLOW, SWEPT, RunConfig, family_of, matches_protocol, run_id
 from degrade.errors import Failure
 from degrade.log import Epoch, from_csv, to_csv
 
@@ -263,7 +263,8 @@ class Study:
         if not (isinstance(values.get("protocol"), str) and isinstance(values.get("shared"), dict)):
             raise Failure(f"{folder / STUDY} is not of a study of degrade's")
         try:  # fill in the fields that a later version of degrade has added
-            shared = RunConfig.from_dict({"block": "plain", "depth": 20, "seed": 0} | values["shared"]).shared()
+            depth = SHALLOW[family_of(str(values["shared"].get("dataset")))]
+            shared = RunConfig.from_dict({"block": "plain", "depth": depth, "seed": 0} | values["shared"]).shared()
         except ValueError as error:
             raise Failure(f"{folder / STUDY}: {error}") from None
         name = folder.relative_to(root).as_posix() if root and root != folder else folder.resolve().name

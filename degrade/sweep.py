@@ -24,7 +24,7 @@ from degrade.errors import Failure
 from degrade.execute import Crowded, Event
 from degrade.execute.local import execute
 from degrade.log import Epoch, to_csv
-from degrade.nets import cifar_net
+from degrade.nets import FAMILIES
 from degrade.provenance import Clock, Provenance
 from degrade.store import Run, Study
 from degrade.train import Training, load_splits
@@ -173,7 +173,9 @@ def gpu_pack(device: str, configs: Sequence[RunConfig]) -> int:
 
 def memory(config: RunConfig) -> float:
     """A generous guess at the bytes a run takes on a GPU: 3 fp32 copies of every activation, and a bit."""
-    activations = config.batch_size * config.depth * config.width * config.image_size**2 * (1 + 1 / 2 + 1 / 4) / 3
+    batch_size = config.bn_batch_size or config.batch_size
+    size = config.image_size if config.family == "cifar" else config.image_size / 3  # of the maps; bottlenecks are wide
+    activations = batch_size * config.depth * config.width * size**2 * (1 + 1 / 2 + 1 / 4) / 3
     return 12 * activations + 2**29
 
 
@@ -181,7 +183,7 @@ def memory(config: RunConfig) -> float:
 def training_flops(config: RunConfig) -> float:
     """Floating-point operations of all updates: three times the forward pass's, two a multiply-add."""
     with torch.device("meta"):
-        net = cifar_net(config.depth, config.block, width=config.width, shortcut=config.shortcut)
+        net = FAMILIES[config.family](config.depth, config.block, width=config.width, shortcut=config.shortcut)
         with FlopCounterMode(display=False) as counter:
             net(torch.empty(1, 3, config.image_size, config.image_size))
     forward: int = counter.get_total_flops()

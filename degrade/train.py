@@ -8,6 +8,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from degrade.config import INITS, RunConfig
-from degrade.data import Splits, fetch, load
+from degrade.data import Splits, Stream, fetch, load, stratified
+from degrade.data.images import Images
 from degrade.data.plan import Batch, SamplePlan, augment, normalise
 from degrade.engine.compiled import compile_modules
 from degrade.engine.process import autocast, set_precision
 from degrade.engine.queue import make_queue
 from degrade.evaluate import Evaluation
 from degrade.log import Epoch, from_csv, to_csv
-from degrade.nets import Block, cifar_net, zero_gamma
+from degrade.nets import FAMILIES, Block, zero_gamma
 
 
 def train(config: RunConfig, *, data_dir: Path | None = None, device: str = "cpu") -> Iterator[Epoch]:
@@ -95,7 +97,7 @@ class Training:
         config, device = self.config, self.device
         set_precision(config.precision)
         torch.manual_seed(config.seed)
-        net = cifar_net(
+        net = FAMILIES[config.family](
             config.depth,
             config.block,
             width=config.width,
@@ -127,11 +129,19 @@ class Training:
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
         self.filled = 0  # the step up to which they go
         self.wrong = torch.zeros(1, dtype=torch.int64, device=device)  # in this epoch's batches so far
+        splits = self.splits
         self.evaluations = {
-            name: Evaluation(self.net, split, self.splits.mean, config.precision)
-            for name, split in (("train", self.splits.train), ("test", self.splits.test), ("val", self.splits.val))
+            name: Evaluation(self.net, split, splits.mean, config.precision)
+            for name, split in (("train", measured(splits, config)), ("test", splits.test), ("val", splits.val))
             if len(split)
         }
+        # The images of the next update, their labels and colours, where they come from the disk.
+        self.images = torch.zeros(0, dtype=torch.uint8, device=device)
+        self.coming: Iterator[tuple[Tensor, ...]] | None = None
+        if isinstance(splits.train, Stream):
+            self.images = torch.zeros(config.batch_size, *splits.mean.shape, dtype=torch.uint8, device=device)
+        self.labels = torch.zeros(len(self.images), dtype=torch.int64, device=device)
+        self.colors = torch.zeros(len(self.images), 3, device=device)
 
     @property
     def finished(self) -> bool:
@@ -152,6 +162,8 @@ class Training:
         if self.step == self.filled:
             with self.queue.on():
                 self._fill_tables()
+        if isinstance(self.splits.train, Stream):
+            self._read(self.splits.train)
         self._update()
         self.step += 1
 
@@ -159,15 +171,38 @@ class Training:
         """The same for every device, and all of it in tensors: the choices, the batch, the gradient, the update."""
         if not self.net.training:
             self.net.train()
-        x, y = training_batch(self.splits, self.choices.row(self.row), self.config.padding)
+        if len(self.images):
+            x, y = normalise(self.images, self.splits.mean).add_(self.colors[:, :, None, None]), self.labels
+            x = x.contiguous(memory_format=torch.channels_last)
+        else:
+            x, y = training_batch(self.splits, self.choices.row(self.row), self.config.padding)
         self.lr.copy_(self.lrs.index_select(0, self.row)[0])
+        self.optimizer.zero_grad()
+        size = self.config.bn_batch_size or len(x)
+        with averaged(self.net, len(x) // size) as next_part:
+            for part in zip(torch.split(x, size), torch.split(y, size), strict=True):
+                self._one_pass(*part, len(x) // size)
+                next_part()
+        self.optimizer.step()
+        self.row += 1
+
+    def _one_pass(self, x: Tensor, y: Tensor, parts: int) -> None:
+        """Add the gradient of one of so many equal parts of a batch, and count its errors."""
         with autocast(self.config.precision, self.device):
             logits = self.net(x).float()
-        self.optimizer.zero_grad()
-        F.cross_entropy(logits, y).backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+        loss = F.cross_entropy(logits, y)
+        (loss / parts if parts > 1 else loss).backward()  # type: ignore[no-untyped-call]
         self.wrong += (logits.argmax(1) != y).sum()
-        self.row += 1
+
+    def _read(self, images: Stream) -> None:
+        """Put the next images where the update finds them."""
+        if self.coming is None:
+            every = slice(None)
+            self.coming = images.training_batches(self.plan, self.step, self.config.steps, every)
+        batch = next(self.coming)
+        with self.queue.on():
+            for here, value in zip((self.images, self.labels, self.colors), batch, strict=True):
+                here.copy_(value.pin_memory() if self.device.type == "cuda" else value, non_blocking=True)
 
     def _fill_tables(self) -> None:
         """Put the choices and learning rates of the next updates where these find them."""
@@ -186,6 +221,8 @@ class Training:
                 evaluation.start()
         for split, evaluation in self.evaluations.items():
             for _ in range(evaluation.batches):
+                with self.queue.on():
+                    evaluation.feed()
                 self._evaluate[split]()
                 yield None
 
@@ -275,7 +312,7 @@ class Training:
                 here.copy_(value)
             self.wrong.fill_(there.wrong)
         self.step = self.filled = there.step
-        self.epochs = there.epochs
+        self.epochs, self.coming = there.epochs, None
 
 
 class State(NamedTuple):
@@ -320,8 +357,44 @@ def read_state(state: bytes) -> State:
         raise ValueError(f"it is not a checkpoint of degrade's ({type(error).__name__}: {reason[:200]})") from None
 
 
+def measured(splits: Splits, config: RunConfig) -> Images | Stream:
+    """The images on which the training error is measured: all; of those on the disk as many as there are for the test.
+
+    Reading all of ImageNet's once more each epoch would cost half of the training.
+    """
+    train = splits.train
+    if isinstance(train, Images) or len(train) <= len(splits.test):
+        return train
+    return train.part(stratified(train.labels, len(splits.test), config.split_seed))
+
+
+@contextmanager
+def averaged(net: nn.Module, parts: int) -> Iterator[Callable[[], None]]:
+    """BN's running statistics move by the mean of the moves that each part of a batch makes from where they are.
+
+    Call what this gives after each part. With one part it does nothing: they move as they always do.
+    """
+    if parts == 1:
+        yield lambda: None
+        return
+    statistics = list(net.buffers())
+    before = [value.clone() for value in statistics]
+    total = [torch.zeros_like(value) for value in statistics]
+
+    @torch.no_grad()
+    def next_part() -> None:
+        torch._foreach_add_(total, statistics)
+        torch._foreach_copy_(statistics, before)
+
+    yield next_part
+    with torch.no_grad():
+        torch._foreach_div_(total, parts)
+        torch._foreach_copy_(statistics, total)
+
+
 def training_batch(splits: Splits, batch: Batch, padding: str = "mean") -> tuple[Tensor, Tensor]:
     """Normalised, cropped and flipped images (B, 3, H, W) and their labels (B,); all on one device."""
+    assert isinstance(splits.train, Images)  # what is on the disk, a Training reads itself
     images, labels = splits.train.images[batch.index], splits.train.labels[batch.index]
     if padding == "black":
         return augment(images.float().div_(255), batch).sub_(splits.mean), labels

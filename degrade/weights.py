@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from degrade import commit, store
 from degrade.config import RunConfig
 from degrade.errors import Failure
-from degrade.nets import CifarNet, cifar_net
+from degrade.nets import FAMILIES, Net
 from degrade.store import Run
 from degrade.train import read_state
 
@@ -31,7 +31,7 @@ class Trained(NamedTuple):
         mean: (3, H, W); the net takes images / 255 - mean.
     """
 
-    net: CifarNet
+    net: Net
     config: RunConfig
     step: int
     sha256: str
@@ -101,9 +101,9 @@ def _load(run: Run, mean: Tensor, path: Path) -> Trained:
     return Trained(net.eval(), run.config, step, sha256, mean)
 
 
-def make_net(config: RunConfig) -> CifarNet:
+def make_net(config: RunConfig) -> Net:
     """The net of a configuration, as `Training` makes it."""
-    net = cifar_net(
+    net = FAMILIES[config.family](
         config.depth,
         config.block,
         width=config.width,

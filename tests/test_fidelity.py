@@ -4,7 +4,7 @@ import pytest
 from conftest import smoke
 
 from degrade import fidelity, paper
-from degrade.config import RunConfig
+from degrade.config import RunConfig, protocol_fields
 from degrade.fidelity import departures
 
 PAPER = RunConfig(block="residual", depth=110, seed=0)
@@ -32,6 +32,7 @@ OTHERS = {
     "padding": ("black", "zeros, before it"),
     "precision": ("bf16", "bf16"),
     "augment": ("crop", "never mirrored"),
+    "bn_batch_size": (32, "of 32 images each"),
 }
 
 
@@ -102,3 +103,29 @@ def test_an_imported_run_lists_its_own():
 @pytest.mark.parametrize("own", [None, "all of them", 3, {"a": 1}])
 def test_an_imported_run_whose_list_is_none(own):
     assert departures(PAPER.shared(), {"departures": own}) == []
+
+
+IMAGENET = "imagenet:ilsvrc2012:1281167+50000:1000:224:0123456789ab"
+
+
+def on_imagenet(dataset=IMAGENET, **values):
+    fields = protocol_fields("paper", values, dataset)
+    return departures(RunConfig(block="plain", depth=34, seed=0, dataset=dataset, **fields).shared())
+
+
+def test_the_paper_s_protocol_on_imagenet_departs_in_the_mean_alone():
+    explicit = [departure.field for departure in on_imagenet() if departure.kind == "explicit"]
+    assert explicit == ["mean subtracted from the input"]
+    said = {departure.field: departure for departure in on_imagenet() if departure.kind == "assumed"}
+    assert said["learning rate divided by 10"].here == "at steps 150,000 and 300,000"
+    assert "50,000 training images" in said["training error"].here
+    assert "padding" not in said
+
+
+def test_images_of_one_s_own_and_another_schedule_are_departures():
+    own = "imagenet:mini:30+15:3:64:0123456789ab"
+    said = {
+        departure.field: departure.here for departure in on_imagenet(own, steps=100) if departure.kind == "explicit"
+    }
+    assert said["data set"] == "mini, crops of 64 pixels"
+    assert said["steps"] == "100"

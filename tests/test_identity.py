@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from degrade import commit, construction, store
 from degrade.analysis.identity import BATCH_SIZE, compare, deepen, normalised, stage_statistics
-from degrade.data import Images, load
+from degrade.data import load
+from degrade.data.images import Images
 from degrade.nets import cifar_net
 from degrade.train import Training, load_splits, read_state, train
 

@@ -1,11 +1,13 @@
 import math
+import re
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from degrade.nets import PadShortcut, TwoLayers, cifar_net, parameter_count, zero_gamma
+from degrade.nets import PadShortcut, TwoLayers, cifar_net, imagenet_net, parameter_count, zero_gamma
 
 
 @pytest.mark.parametrize("block", ["plain", "residual"])
@@ -226,3 +228,83 @@ def test_bad_arguments(arguments, rule):
     *args, options = arguments if isinstance(arguments[-1], dict) else (*arguments, {})
     with pytest.raises(ValueError, match=rule):
         cifar_net(*args, **options)
+
+
+TABLE_1 = {18: 11_689_512, 34: 21_797_672, 50: 25_557_032, 101: 44_549_160, 152: 60_192_808}  # with shortcut B
+
+
+class TestImageNet:
+    @pytest.mark.parametrize("depth", TABLE_1)
+    def test_parameters_and_layers(self, depth):
+        with torch.device("meta"):
+            net, plain = imagenet_net(depth, "residual", shortcut="B"), imagenet_net(depth, "plain")
+        assert parameter_count(net) == TABLE_1[depth]
+        layers = [m for m in plain.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        assert len(layers) == depth
+        with torch.device("meta"):
+            assert parameter_count(imagenet_net(depth, "residual")) == parameter_count(plain)
+
+    def test_the_papers_maps(self):
+        """Table 1: 112, 56, 28, 14 and 7 pixels; 64, 128, 256 and 512 channels."""
+        maps = [shape for m, shape in shapes_seen(imagenet_net(34, "plain"), 224) if isinstance(m, nn.Conv2d)]
+        wanted = [(64, 112, 112)]
+        for channels, size, count in ((64, 56, 3), (128, 28, 4), (256, 14, 6), (512, 7, 3)):
+            wanted += [(channels, size, size)] * 2 * count
+        assert maps == wanted
+
+    @pytest.mark.parametrize("depth", [18, 34, 50])
+    def test_residual_nets_are_torchvisions_with_shortcut_b(self, depth):
+        """Its weights copied over in the order in which data passes through, the outputs are equal to the last bit.
+
+        In 50 layers the stride is that of the 3x3 convolutions, in torchvision (its v1.5) as here.
+        """
+        torch.manual_seed(0)
+        theirs = getattr(torchvision.models, f"resnet{depth}")()
+        ours = imagenet_net(depth, "residual", shortcut="B")
+        copy_in_order(theirs, ours)
+        x = torch.randn(2, 3, 224, 224)
+        with torch.no_grad():
+            theirs.train()(x), ours.train()(x)  # running statistics too
+            assert torch.equal(theirs.eval()(x), ours.eval()(x))
+
+    def test_gradients_are_torchvisions(self):
+        torch.manual_seed(0)
+        theirs = torchvision.models.resnet18(num_classes=7).double()
+        ours = imagenet_net(18, "residual", shortcut="B", num_classes=7).double()
+        copy_in_order(theirs, ours)
+        x, y = torch.randn(4, 3, 64, 64).double(), torch.tensor([0, 3, 6, 1])
+        for net in (theirs, ours):
+            F.cross_entropy(net.train()(x), y).backward()
+        assert torch.allclose(theirs.conv1.weight.grad, ours.conv.weight.grad, rtol=1e-9, atol=0)
+
+    @pytest.mark.parametrize("shortcut", ["A", "C"])
+    @pytest.mark.parametrize("depth", [18, 50])
+    def test_every_shortcut_fits(self, depth, shortcut):
+        net = imagenet_net(depth, "residual", width=8, shortcut=shortcut, num_classes=5).eval()
+        assert net(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+
+    def test_zero_gamma_makes_a_bottleneck_its_shortcut(self):
+        net = imagenet_net(50, "residual", width=8, num_classes=5)
+        zero_gamma(net)
+        x = torch.randn(2, 32, 4, 4)
+        assert torch.equal(net.blocks[1](x), F.relu(x))
+        assert torch.equal(net.blocks[1].without_layers(x), F.relu(x))
+
+    @pytest.mark.parametrize(
+        ("arguments", "rule"),
+        [
+            ((20, "plain"), "depth must be one of 18, 34, 50, 101, 152 on ImageNet; got 20"),
+            ((18, "preact"), "block must be plain or residual in the nets of ImageNet; got 'preact'"),
+        ],
+    )
+    def test_what_there_is_not(self, arguments, rule):
+        with pytest.raises(ValueError, match=re.escape(rule)):
+            imagenet_net(*arguments)
+
+
+def copy_in_order(theirs, ours):
+    """Weights and statistics; torchvision registers a block's projection last, as data comes to it here."""
+    kinds = nn.Conv2d | nn.BatchNorm2d | nn.Linear
+    pairs = [[m for m in net.modules() if isinstance(m, kinds)] for net in (theirs, ours)]
+    for a, b in zip(*pairs, strict=True):
+        b.load_state_dict(a.state_dict())

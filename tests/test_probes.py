@@ -15,7 +15,7 @@ from degrade.analysis.landscape import directions, landscape, landscape_rows
 from degrade.analysis.lesion import COUNTS, lesion, lesion_rows
 from degrade.analysis.responses import responses
 from degrade.analysis.statistics import bn_rows, recalibrated
-from degrade.data import Images
+from degrade.data.images import Images
 from degrade.data.plan import normalise
 from degrade.evaluate import evaluate
 from degrade.nets import cifar_net

@@ -8,7 +8,8 @@ import torch
 from conftest import smoke
 from torch import nn
 
-from degrade.data import Images, load
+from degrade.data import load
+from degrade.data.images import Images
 from degrade.data.plan import SamplePlan
 from degrade.evaluate import BATCH_SIZES, evaluate
 from degrade.nets import cifar_net

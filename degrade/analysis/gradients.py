@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from degrade.analysis.responses import weight_layers
-from degrade.nets import CifarNet
+from degrade.nets import Net
 
 BATCH = 128
 DISTANCES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
-def norms(net: CifarNet, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[dict[str, object]]:
+def norms(net: Net, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[dict[str, object]]:
     """A row for each of the 6n+2 weight layers: value, the L2 norm of its gradient, and relative to its weights' norm.
 
     The gradient is that of a batch's mean cross-entropy in training mode; the norm is the mean over the batches.

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from degrade.data import Images
+from degrade.data.images import Images
 from degrade.data.plan import normalise
-from degrade.nets import Block, CifarNet, PreActivation, TwoLayers
+from degrade.nets import Block, Bottleneck, Net, PreActivation, last_norm
 
 BATCH_SIZE = 128
 
@@ -54,7 +54,7 @@ class Comparison(NamedTuple):
 
 
 @torch.no_grad()
-def deepen(shallow: CifarNet, deep: CifarNet, statistics: list[Statistics] | None = None) -> None:
+def deepen(shallow: Net, deep: Net, statistics: list[Statistics] | None = None) -> None:
     """Make `deep` compute what `shallow` computes.
 
     Args:
@@ -77,7 +77,7 @@ def deepen(shallow: CifarNet, deep: CifarNet, statistics: list[Statistics] | Non
             _make_identity(added, statistics[stage] if statistics else None)
 
 
-def _stages(net: CifarNet) -> list[list[Block]]:
+def _stages(net: Net) -> list[list[Block]]:
     return [list(stage.children()) for stage in net.stages.children()]  # type: ignore[arg-type]
 
 
@@ -85,7 +85,9 @@ def _make_identity(block: Block, statistics: Statistics | None) -> None:
     if isinstance(block, PreActivation):
         nn.init.zeros_(block.conv2.weight)
     elif block.residual:
-        nn.init.zeros_(block.bn2.weight)
+        nn.init.zeros_(last_norm(block).weight)
+    elif isinstance(block, Bottleneck):
+        raise ValueError("a plain bottleneck block narrows what it is given, so that it cannot be the identity")
     else:
         for convolution, norm in ((block.conv1, block.bn1), (block.conv2, block.bn2)):
             _pass_through(convolution, norm, statistics)
@@ -111,18 +113,18 @@ def _pass_through(convolution: nn.Conv2d, norm: nn.BatchNorm2d, statistics: Stat
 
 
 @torch.no_grad()
-def stage_statistics(net: CifarNet, batches: Iterable[Tensor]) -> list[Statistics]:
+def stage_statistics(net: Net, batches: Iterable[Tensor]) -> list[Statistics]:
     """Of what the last block of each stage gives to a block added behind it, averaged over the batches.
 
     Args:
         net: in training mode while this runs, but its running statistics stay as they are.
         batches: normalised training images (B, 3, H, W).
     """
-    means: list[list[Tensor]] = [[], [], []]
-    variances: list[list[Tensor]] = [[], [], []]
+    means: list[list[Tensor]] = [[] for _ in net.stages]
+    variances: list[list[Tensor]] = [[] for _ in net.stages]
 
     def note(stage: int, output: Tensor) -> None:
-        if isinstance(net.blocks[-1], TwoLayers):
+        if not isinstance(net.blocks[-1], PreActivation):
             output = F.relu(output)  # it is the next block that does it
         means[stage].append(output.mean(dim=(0, 2, 3)))
         variances[stage].append(output.transpose(0, 1).flatten(1).var(dim=1))
@@ -143,7 +145,7 @@ def stage_statistics(net: CifarNet, batches: Iterable[Tensor]) -> list[Statistic
     ]
 
 
-def _in_training_mode(net: CifarNet, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+def _in_training_mode(net: Net, batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """The logits of each batch, normalised by its own statistics; the net is as before afterwards."""
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     was_training, momenta = net.training, [norm.momentum for norm in norms]
@@ -160,9 +162,7 @@ def _in_training_mode(net: CifarNet, batches: Iterable[Tensor]) -> Iterator[Tens
 
 
 @torch.no_grad()
-def compare(
-    shallow: CifarNet, deep: CifarNet, batches: Iterable[tuple[Tensor, Tensor]], *, training: bool = False
-) -> Comparison:
+def compare(shallow: Net, deep: Net, batches: Iterable[tuple[Tensor, Tensor]], *, training: bool = False) -> Comparison:
     """Logits, errors and losses of two nets that should agree, on the same images.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from degrade.data.plan import random_words
 from degrade.evaluate import evaluate
-from degrade.nets import CifarNet
+from degrade.nets import Net
 
 LESION = 3  # a stream of the seed, beside those of data/
 COUNTS = (2, 3, 5, 8, 13, 21)
@@ -28,7 +28,7 @@ DRAWS = 5
 class Lesioned(nn.Module):
     """The net without the layers of these blocks."""
 
-    def __init__(self, net: CifarNet, deleted: Collection[int]):
+    def __init__(self, net: Net, deleted: Collection[int]):
         super().__init__()
         self.net = net
         self.deleted = deleted
@@ -57,7 +57,7 @@ def lesion_rows(blocks: int, counts: Sequence[int] = COUNTS, draws: int = DRAWS)
 
 
 def lesion(
-    net: CifarNet,
+    net: Net,
     images: Tensor,
     labels: Tensor,
     mean: Tensor,

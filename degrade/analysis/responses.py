@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from degrade.data.plan import normalise
-from degrade.nets import CifarNet, PreActivation
+from degrade.nets import Bottleneck, Net, PreActivation
 
 BATCH = 128  # the training's, since batch statistics depend on it
 
 
-def weight_layers(net: CifarNet) -> dict[str, nn.Conv2d | nn.Linear]:
+def weight_layers(net: Net) -> dict[str, nn.Conv2d | nn.Linear]:
     """The 6n+2 layers that `depth` counts, by name, in the order data passes through them: no projection shortcuts."""
     return {
         name: module
@@ -31,11 +31,14 @@ def weight_layers(net: CifarNet) -> dict[str, nn.Conv2d | nn.Linear]:
     }
 
 
-def measured(net: CifarNet) -> list[nn.Module]:
-    """The modules whose outputs are the responses of the 3x3 layers, in the order data passes through them."""
+def measured(net: Net) -> list[nn.Module]:
+    """The modules whose outputs are the responses of the blocks' layers, in the order data passes through them."""
     modules: list[nn.Module] = [net.bn]
     for block in net.blocks:
-        modules += [block.bn2, block.conv2] if isinstance(block, PreActivation) else [block.bn1, block.bn2]
+        if isinstance(block, PreActivation):
+            modules += [block.bn2, block.conv2]
+        else:
+            modules += [block.bn1, block.bn2, *([block.bn3] if isinstance(block, Bottleneck) else [])]
     return modules
 
 
@@ -47,7 +50,7 @@ def add_moments(total: Tensor, module: nn.Module, inputs: object, output: Tensor
 
 
 @torch.no_grad()
-def measure(net: CifarNet, images: Tensor, mean: Tensor) -> list[float]:
+def measure(net: Net, images: Tensor, mean: Tensor) -> list[float]:
     """The standard deviation of each 3x3 layer's output over all images; hooks are left on the net."""
     totals = []
     for module in measured(net):
@@ -60,9 +63,7 @@ def measure(net: CifarNet, images: Tensor, mean: Tensor) -> list[float]:
     return stds
 
 
-def responses(
-    net: CifarNet, images: Tensor, mean: Tensor, *, batch_statistics: bool = False
-) -> Iterator[dict[str, object]]:
+def responses(net: Net, images: Tensor, mean: Tensor, *, batch_statistics: bool = False) -> Iterator[dict[str, object]]:
     """A row for each 3x3 layer: layer (0 for the stem's), name (the convolution's), stage (0 for the stem), std.
 
     Args:

@@ -12,13 +12,13 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from degrade.data import Images
+from degrade.data.images import Images
 from degrade.evaluate import evaluate
-from degrade.nets import CifarNet
+from degrade.nets import Net
 
 
 @torch.no_grad()
-def recalibrated(net: CifarNet, batches: Iterable[Tensor]) -> CifarNet:
+def recalibrated(net: Net, batches: Iterable[Tensor]) -> Net:
     """A copy of the net, in eval mode, whose BN statistics are the means of those of the batches.
 
     Means of the batches' means and of their unbiased variances, each layer's taken while those before it normalise
@@ -52,7 +52,7 @@ def recalibrated(net: CifarNet, batches: Iterable[Tensor]) -> CifarNet:
 
 
 def bn_rows(
-    net: CifarNet, train: Images, test: Images, mean: Tensor, batches: Iterable[Tensor]
+    net: Net, train: Images, test: Images, mean: Tensor, batches: Iterable[Tensor]
 ) -> Iterator[dict[str, object]]:
     """Four rows, running statistics first, training images first: split, statistics, loss, error, images (how many).
 

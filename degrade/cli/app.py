@@ -254,23 +254,26 @@ def configs_of(grid: dict[str, list[Any]], dataset: str, shared: dict[str, Any])
 def dataset_named(
     text: str, data_dir: Path | None, image_size: int | None = None, *, skip_broken: bool = False, write: bool = True
 ) -> str:
-    """A data set's name; of `folder:PATH`, whose images are decoded here unless they are in the cache, the full one."""
-    if not text.startswith("folder:") or FOLDER.fullmatch(text):
+    """A data set's name; of `folder:PATH` and `imagenet:PATH` the full one.
+
+    The images of the first are decoded here, unless they are in the cache.
+    """
+    kind, colon, path = text.partition(":")
+    if not colon or kind not in ("folder", "imagenet") or FOLDER.fullmatch(text):
         if image_size is not None:
             size = dataset_of(text).image_size
             raise ValueError(f"--image-size is for folder:PATH; the images of {short_name(text)} are {size}x{size}")
         return text
-    if not (path := text.removeprefix("folder:")):
-        raise ValueError("folder: must name a folder of images, such as folder:flowers")
-    from degrade.data import default_data_dir, folder
+    if not path:
+        raise ValueError(f"{kind}: must name a folder of images, such as {kind}:flowers")
+    from degrade.data import default_data_dir, folder, imagenet
 
-    prepared = folder.prepare(
-        Path(path).expanduser(),
-        data_dir or default_data_dir(),
-        image_size=32 if image_size is None else image_size,
-        skip_broken=skip_broken,
-        write=write,
-    )
+    root, where = Path(path).expanduser(), data_dir or default_data_dir()
+    if kind == "folder":
+        size = 32 if image_size is None else image_size
+        prepared = folder.prepare(root, where, image_size=size, skip_broken=skip_broken, write=write)
+    else:
+        prepared = imagenet.prepare(root, where, image_size=224 if image_size is None else image_size, write=write)
     say(f"Data set {prepared.dataset}")
     for line in prepared.notes:
         note(f"{path}: {line}")

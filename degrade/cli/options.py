@@ -14,7 +14,7 @@ import typer
 from degrade.config import DATASETS, PRECISIONS
 
 FORMATS = ("png", "svg", "pdf")
-DATASET_KINDS = (*DATASETS, "folder:")
+DATASET_KINDS = (*DATASETS, "folder:", "imagenet:")
 DEPTHS = ("20", "32", "44", "56", "110")  # the paper's
 
 
@@ -84,7 +84,10 @@ Out = Annotated[Path, option("DIR", "The folder of results.")]
 DataDir = Annotated[
     Path | None, option("DIR", "Where the data are, or go.", show_default="$DEGRADE_DATA, else ~/.cache/degrade")
 ]
-ImageSize = Annotated[int | None, option("N", "Height and width to which folder:PATH is decoded.", show_default="32")]
+ImageSize = Annotated[
+    int | None,
+    option("N", "Height and width of the images of folder:PATH, or crops of imagenet:PATH.", show_default="32, or 224"),
+]
 SkipBroken = Annotated[
     bool, typer.Option("--skip-broken", help="Leave out images of folder:PATH that cannot be decoded.")
 ]

@@ -75,6 +75,7 @@ if TYPE_CHECKING:
 
 LONG = 12 * 3600  # seconds, from which on a shorter protocol is pointed out
 MAX_STUDIES = 100
+AUGMENT_WORDS = tuple(dict.fromkeys(word for words in AUGMENTS.values() for word in words))
 FIELDS = {"rich_help_panel": "Fields of the protocol, each of which can be overridden"}
 SWEEP_FIELDS = ("depths", "blocks", "seeds", "dataset", "image_size", "protocol", "study", "grid")
 
@@ -166,7 +167,10 @@ def sweep(
     ] = None,
     augment: Annotated[
         str | None,
-        one_of(AUGMENTS, f"{', '.join(AUGMENTS)}.", show_default="crop for digits, crop-flip for all others", **FIELDS),
+        one_of(AUGMENT_WORDS, f"{', '.join(AUGMENT_WORDS)}.", show_default="what is usual for the data set", **FIELDS),
+    ] = None,
+    bn_batch_size: Annotated[
+        int | None, option("N", "Images over which BN takes its statistics.", show_default="the batch", **FIELDS)
     ] = None,
 ) -> None:
     """Train a grid of nets: every depth, block and seed.
@@ -207,6 +211,7 @@ def sweep(
         "padding": padding,
         "precision": precision,
         "augment": augment,
+        "bn_batch_size": bn_batch_size,
         "image_size": image_size,
     }
     wanted, axes = _wanted(spec, {name: value for name, value in flags.items() if value is not None}, grid or [])

@@ -46,6 +46,7 @@ from degrade.config import (
     ZERO_CHANNELS,
     RunConfig,
     check_is_one_of,
+    family_of,
     overridden,
     protocol_fields,
     study_name,
@@ -124,6 +125,8 @@ def import_(
     if str(overrides.get("init")).startswith("identity"):
         raise ValueError(f"--set init: only degrade identity makes nets of identity:...; got {overrides['init']!r}")
     dataset = dataset_named(dataset, data_dir, image_size)
+    if family_of(dataset) == "imagenet":
+        raise ValueError("degrade import takes nets of CIFAR-10's form only; those of ImageNet are trained here")
     shared = protocol_fields(protocol, overrides, dataset) | {"dataset": dataset, "input_mean": centre or ()}
     config = RunConfig.from_dict(shared | {"block": block, "depth": depth, "seed": seed})
     usual = study_name(dataset, protocol, overridden(protocol, overrides, dataset))

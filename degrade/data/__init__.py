@@ -13,32 +13,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from degrade.config import dataset_of
-from degrade.data import folder, shapes
+from degrade.config import IMAGENET_MEAN, dataset_of, family_of
+from degrade.data import folder, imagenet, shapes
+from degrade.data.imagenet import Stream
+from degrade.data.images import Images
 from degrade.data.official import CIFAR10, CIFAR100, FASHION_MNIST, MNIST, SVHN
 from degrade.data.plan import random_words
 from degrade.errors import Failure
 
+__all__ = [
+    "OFFICIAL",
+    "Images",
+    "Splits",
+    "Stream",
+    "check",
+    "default_data_dir",
+    "fetch",
+    "folder",
+    "imagenet",
+    "in_memory",
+    "load",
+    "pixel_mean",
+    "state",
+    "stratified",
+]
+
 OFFICIAL = {"cifar10": CIFAR10, "cifar100": CIFAR100, "svhn": SVHN, "fashion-mnist": FASHION_MNIST, "mnist": MNIST}
 SPLIT = 2  # a stream of the split seed, beside those of plan.py
-
-
-@dataclass(frozen=True)
-class Images:
-    """uint8 images (N, 3, H, W) and int64 labels (N,)."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, which: Tensor) -> "Images":
-        """The images at these indices, or where this mask is true."""
-        return Images(self.images[which], self.labels[which])
-
-    def to(self, device: torch.device | str) -> "Images":
-        return Images(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class Splits:
         num_classes: how many labels there are.
     """
 
-    train: Images
-    val: Images
-    test: Images
+    train: Images | Stream
+    val: Images | Stream
+    test: Images | Stream
     mean: Tensor
     num_classes: int
 
@@ -103,24 +104,40 @@ def load(
         Failure: the data set is missing or damaged.
         ValueError: more images asked for than there are.
     """
-    train, test = (Images(*arrays) for arrays in _load_all(dataset, data_dir or default_data_dir()))
+    train, test = _load_all(dataset, data_dir or default_data_dir())
     held_out = torch.zeros(len(train), dtype=torch.bool)
     held_out[stratified(train.labels, val_images, split_seed)] = True
-    train, val = train.take(~held_out), train.take(held_out)
+    train, val = train.part(~held_out), train.part(held_out)
     if train_images is not None:
-        train = train.take(stratified(train.labels, train_images, split_seed))
+        train = train.part(stratified(train.labels, train_images, split_seed))
     if test_images is not None:
-        test = test.take(stratified(test.labels, test_images, split_seed))
-    mean = pixel_mean(train.images)
-    if input_mean:
-        mean = torch.tensor(input_mean).view(-1, 1, 1).expand_as(mean).contiguous()
+        test = test.part(stratified(test.labels, test_images, split_seed))
+    if input_mean or isinstance(train, Stream):
+        size = dataset_of(dataset).image_size
+        mean = torch.tensor(input_mean or IMAGENET_MEAN).view(-1, 1, 1).expand(3, size, size).contiguous()
+    else:
+        mean = pixel_mean(train.images)
     return Splits(train.to(device), val.to(device), test.to(device), mean.to(device), dataset_of(dataset).num_classes)
 
 
-def _load_all(dataset: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def in_memory(images: Images | Stream, seed: int = 0, most: int = 10_000) -> Images:
+    """Images as they are; of those that stay on the disk, the middles of at most so many, each class with its share."""
+    if isinstance(images, Images):
+        return images
+    return images.take(stratified(images.labels, min(most, len(images)), seed))
+
+
+def _load_all(dataset: str, data_dir: Path) -> tuple[Images, Images] | tuple[Stream, Stream]:
+    """All training and test images."""
+    if family_of(dataset) == "imagenet":
+        return imagenet.load(dataset, data_dir)
     if dataset in OFFICIAL:
-        return OFFICIAL[dataset].load(data_dir)
-    return shapes.load(data_dir) if dataset == "shapes" else folder.load(dataset, data_dir)
+        train, test = OFFICIAL[dataset].load(data_dir)
+    elif dataset == "shapes":
+        train, test = shapes.load(data_dir)
+    else:
+        train, test = folder.load(dataset, data_dir)
+    return Images(*train), Images(*test)
 
 
 def pixel_mean(images: Tensor) -> Tensor:
@@ -147,7 +164,7 @@ def fetch(dataset: str, data_dir: Path | None = None, mirror: str | None = None)
     elif dataset == "shapes":
         shapes.fetch(data_dir)
     else:
-        folder.load(dataset, data_dir)
+        _load_all(dataset, data_dir)
 
 
 def check(dataset: str, data_dir: Path) -> None:
@@ -158,6 +175,8 @@ def check(dataset: str, data_dir: Path) -> None:
     """
     if dataset in OFFICIAL:
         OFFICIAL[dataset].check(data_dir)
+    elif family_of(dataset) == "imagenet":
+        imagenet.check(dataset, data_dir)
     elif dataset != "shapes":
         folder.load(dataset, data_dir)
 

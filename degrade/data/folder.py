@@ -272,16 +272,8 @@ def _decode(path: Path, listing: Listing, size: int) -> tuple[list[tuple[np.ndar
 
 
 def read_image(path: Path, size: int) -> np.ndarray:
-    """One image as RGB, uint8 (3, size, size)."""
-    with Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        elif image.mode.startswith("I"):  # 16 bits a pixel, of which convert would clip all above 255
-            image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-        image = image.convert("RGB")
+    """One image, uint8 (3, size, size)."""
+    image = rgb(path)
     width, height = image.size
     if (width, height) != (size, size):
         short = min(width, height)
@@ -290,6 +282,19 @@ def read_image(path: Path, size: int) -> np.ndarray:
         left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
         image = image.crop((left, top, left + size, top + size))
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def rgb(path: Path) -> Image.Image:
+    """An image file as RGB, upright, before white where it is transparent."""
+    with Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        elif image.mode.startswith("I"):  # 16 bits a pixel, of which convert would clip all above 255
+            image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+        return image.convert("RGB")
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> str:

@@ -57,6 +57,12 @@ class SamplePlan:
         self.augment = augment
         self._passes: dict[int, np.ndarray] = {}
 
+    def index(self, step: int) -> np.ndarray:
+        """Which images update `step` sees, (B,)."""
+        position = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        number, place = np.divmod(position, self.images)
+        return np.concatenate([self._permutation(n)[place[number == n]] for n in range(number[0], number[-1] + 1)])
+
     def _permutation(self, number: int) -> np.ndarray:
         if number not in self._passes:
             if len(self._passes) > 1:
@@ -71,16 +77,14 @@ class SamplePlan:
 
     def batches(self, start: int, stop: int) -> Batch:
         """The choices of updates `start` (counted from 0) to `stop`, not included, a row an update, on the CPU."""
-        position = np.arange(start * self.batch_size, stop * self.batch_size)
-        number, place = np.divmod(position, self.images)
-        index = np.concatenate([self._permutation(n)[place[number == n]] for n in range(number[0], number[-1] + 1)])
+        index = np.concatenate([self.index(step) for step in range(start, stop)])
         words = np.concatenate([random_words(self.seed, AUGMENT, step, self.batch_size) for step in range(start, stop)])
         offsets = 2 * PAD + 1
         # Three disjoint ranges of bits of each word; modulo 9 of 24 bits is even to 1 in 10^6.
         dy = ((words >> np.uint64(40)) % offsets).astype(np.int64)
         dx = (((words >> np.uint64(16)) & np.uint64(0xFFFFFF)) % offsets).astype(np.int64)
         flip = (words & np.uint64(1)).astype(bool)
-        if self.augment == "none":
+        if self.augment not in ("crop-flip", "crop"):
             dy, dx = np.full_like(dy, PAD), np.full_like(dx, PAD)
         if self.augment != "crop-flip":
             flip = np.zeros_like(flip)
