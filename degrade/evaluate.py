@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from degrade.data.imagenet import Stream
 from degrade.data.images import Images
 from degrade.data.plan import normalise
+from degrade.engine.group import ALONE, Group
 from degrade.engine.process import autocast
 
 BATCH_SIZES = {"cpu": 128, "cuda": 1000}  # activations of 128 images stay in a CPU's cache; a GPU wants more
@@ -32,13 +33,23 @@ class Evaluation:
         split: the images, on the net's device or on the disk.
         mean: the per-pixel mean of the training images, (3, H, W).
         precision: of `RunConfig`.
+        group: each of its processes evaluates every so-manieth batch; their results are to be added.
     """
 
-    def __init__(self, net: nn.Module, split: Images | Stream, mean: Tensor, precision: str = "fp32"):
+    def __init__(
+        self,
+        net: nn.Module,
+        split: Images | Stream,
+        mean: Tensor,
+        precision: str = "fp32",
+        group: Group = ALONE,
+    ):
         self.net, self.split, self.mean = net, split, mean
         device = mean.device
         self.batch_size = min(evaluation_batch(device, mean.shape[-1]), len(split))
-        self.batches = -(-len(split) // self.batch_size)
+        every = -(-len(split) // self.batch_size)
+        self.group = group
+        self.batches = len(range(group.rank, every, group.size))  # of this process
         self.labels = split.labels.to(device)
         self.images: Tensor | None = None  # those of the next batch, where they come from the disk
         if isinstance(split, Stream):
@@ -46,7 +57,7 @@ class Evaluation:
         self.autocast = partial(autocast, precision, device)
         self.first = torch.arange(self.batch_size, device=device)
         self.number = torch.zeros(1, dtype=torch.int64, device=device)  # of the batch
-        self.losses = torch.zeros(self.batches, device=device)  # summed over each batch
+        self.losses = torch.zeros(every, device=device)  # summed over each batch
         self.wrong = torch.zeros(1, dtype=torch.int64, device=device)
 
     @property
@@ -56,10 +67,11 @@ class Evaluation:
 
     def start(self) -> None:
         """Begin the pass."""
-        self.number.zero_()
+        self.number.fill_(self.group.rank)
+        self.losses.zero_()
         self.wrong.zero_()
         if isinstance(self.split, Stream):
-            self.coming = self.split.middles(self.batch_size)
+            self.coming = self.split.middles(self.batch_size, self.group.rank, self.group.size)
 
     def feed(self) -> None:
         """Put the images of the next batch where `step` finds them, if they are not there anyhow."""
@@ -83,7 +95,7 @@ class Evaluation:
         losses = F.cross_entropy(logits, y, reduction="none")
         self.losses.index_copy_(0, self.number, torch.where(counted, losses, 0).sum(0, keepdim=True))
         self.wrong += (counted & (logits.argmax(1) != y)).sum()
-        self.number += 1
+        self.number += self.group.size
 
     def result(self, losses: Tensor, wrong: Tensor) -> tuple[float, float]:
         """Mean cross-entropy in nats and error in [0, 1], from the two tensors as copied to the CPU."""

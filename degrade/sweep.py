@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from degrade import commit, store
 from degrade.config import INITS, RunConfig
 from degrade.engine.compiled import why_not
+from degrade.engine.group import ALONE, Group
 from degrade.engine.process import prepare_process
 from degrade.errors import Failure
 from degrade.execute import Crowded, Event
@@ -216,6 +217,7 @@ def sweep(
     *,
     commit_seconds: float | None = None,
     snapshots: Sequence[int] = (),
+    group: Group = ALONE,
 ) -> Iterator[tuple[Run, Event]]:
     """Train `runs`, from their newest checkpoints where there are any, and store the results.
 
@@ -243,13 +245,16 @@ def sweep(
             )
             for run in todo
         ]
-        for event in execute(train_run, tasks, machine.places, machine.pack):
+        function = train_run if group.size == 1 else partial(train_run, group=group)
+        for event in execute(function, tasks, machine.places, machine.pack):
             run = todo[event.item]
             if event.kind == "failed" and event.value.type == commit.Held.__name__:
                 held.add(run)
                 yield run, Event(event.item, "held", f"{event.value}; waiting")
             else:
                 yield run, event
+                if event.kind == "failed" and group.size > 1:  # the others are somewhere in the middle of it
+                    raise Failure(f"{run.folder.name} has failed, and {group.size - 1} more processes with it")
         todo = held.wait()
     for run in held.runs:
         left = f"left to {run.holder or 'its process'}, which has shown no sign of life for {SILENCE:.0f} s"
@@ -283,7 +288,7 @@ class _Elsewhere:
         return now - self.signs[run.folder][1] >= SILENCE
 
 
-def train_run(task: Task, device: str) -> Iterator[Progress | None]:
+def train_run(task: Task, device: str, group: Group = ALONE) -> Iterator[Progress | None]:
     """Train one run to its end, committing on the way; its generator may be dropped anywhere.
 
     Yields:
@@ -299,7 +304,7 @@ def train_run(task: Task, device: str) -> Iterator[Progress | None]:
     """
     with commit.hold(task.folder / store.LOCK) as lock:
         try:
-            yield from _train_run(task, device, lock)
+            yield from _train_run(task, device, lock, group)
         except (OSError, Failure):
             raise
         except torch.OutOfMemoryError as error:
@@ -309,6 +314,28 @@ def train_run(task: Task, device: str) -> Iterator[Progress | None]:
             if not _passing(error):
                 commit.write_file(task.folder / store.ERROR, traceback.format_exc().encode())
             raise
+
+
+class Shared(NamedTuple):
+    """What the processes of a group are told of a run that they are to train with the first of them."""
+
+    task: Task
+    threads: int
+    compiled: bool
+
+
+def follow(group: Group, device: str) -> None:
+    """Train what the first process of the group trains, until it says that there is no more."""
+    while shared := group.tell():
+        task = shared.task
+        gc.collect()
+        prepare_process(shared.threads, device)
+        splits = load_splits(task.config, task.data_dir, device)
+        training = Training(task.config, splits, device, compiled=shared.compiled, group=group)
+        if state := group.tell():
+            training.restore(state)
+        for _ in training:
+            pass
 
 
 def _passing(error: BaseException | None) -> bool:
@@ -322,7 +349,7 @@ def _passing(error: BaseException | None) -> bool:
     return False
 
 
-def _train_run(task: Task, device: str, lock: commit.Lock) -> Iterator[Progress | None]:
+def _train_run(task: Task, device: str, lock: commit.Lock, group: Group) -> Iterator[Progress | None]:
     gc.collect()  # the nets of runs that have ended refer to themselves, and hold their memory until then
     folder = task.folder
     run = Run.open(task.study, folder)
@@ -335,8 +362,10 @@ def _train_run(task: Task, device: str, lock: commit.Lock) -> Iterator[Progress 
     provenance = Provenance(folder / store.ENVIRONMENT, device, task.threads, task.compiled)
     prepare_process(provenance.threads, device)
     splits = load_splits(task.config, task.data_dir, device)
-    training = Training(task.config, splits, device, compiled=provenance.compiled)
+    group.tell(Shared(task, provenance.threads, provenance.compiled))
+    training = Training(task.config, splits, device, compiled=provenance.compiled, group=group)
     notes = [note for note in (*_restore(training, run), provenance.resume(training.step)) if note]
+    group.tell(training.state() if group.size > 1 and training.step else None)
     clock = Clock(folder / store.TIMING)
     last = training.epochs[-1] if training.epochs else None
     clock.start_up(training.step, last.epoch if last else 0)

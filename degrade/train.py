@@ -8,20 +8,22 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from degrade.config import INITS, RunConfig
 from degrade.data import Splits, Stream, fetch, load, stratified
 from degrade.data.images import Images
 from degrade.data.plan import Batch, SamplePlan, augment, normalise
 from degrade.engine.compiled import compile_modules
+from degrade.engine.group import ALONE, Group
 from degrade.engine.process import autocast, set_precision
 from degrade.engine.queue import make_queue
 from degrade.evaluate import Evaluation
@@ -70,6 +72,10 @@ class Training:
         device: where the net lives.
         compiled: compile the blocks.
         graphs: replay CUDA graphs, on a CUDA device; otherwise the same function is called at each step.
+        group: the processes that train the run together, each of which makes the same calls.
+
+    Raises:
+        ValueError: the group cannot share a batch out in parts of `bn_batch_size`.
     """
 
     def __init__(
@@ -80,14 +86,17 @@ class Training:
         *,
         compiled: bool = False,
         graphs: bool = True,
+        group: Group = ALONE,
     ):
+        check_shares(config, group)
         self.config = config
+        self.group = group
         self.splits = splits
         self.device = torch.device(device)
         self.plan = SamplePlan(len(splits.train), config.batch_size, config.seed, config.augment)
         self.step = 0
         self.epochs: list[Epoch] = []
-        self.queue = make_queue(self.device, graphs=graphs, compiled=compiled)
+        self.queue = make_queue(self.device, graphs=graphs and group.size == 1, compiled=compiled)
         with self.queue.on():
             self._build(compiled)
         self._update = self.queue.capture(self._one_update, self._changed())
@@ -112,6 +121,7 @@ class Training:
         self.net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compiled:
             compile_modules(self.net, Block)
+        self.shared_net = self.group.wrap(self.net)
         # In tensors, so that a graph reads what they hold when it is replayed, not what they held once.
         self.lr = torch.zeros((), device=device)
         self.optimizer = torch.optim.SGD(
@@ -131,7 +141,7 @@ class Training:
         self.wrong = torch.zeros(1, dtype=torch.int64, device=device)  # in this epoch's batches so far
         splits = self.splits
         self.evaluations = {
-            name: Evaluation(self.net, split, splits.mean, config.precision)
+            name: Evaluation(self.net, split, splits.mean, config.precision, self.group)
             for name, split in (("train", measured(splits, config)), ("test", splits.test), ("val", splits.val))
             if len(split)
         }
@@ -139,7 +149,7 @@ class Training:
         self.images = torch.zeros(0, dtype=torch.uint8, device=device)
         self.coming: Iterator[tuple[Tensor, ...]] | None = None
         if isinstance(splits.train, Stream):
-            self.images = torch.zeros(config.batch_size, *splits.mean.shape, dtype=torch.uint8, device=device)
+            self.images = torch.zeros(self._share, *splits.mean.shape, dtype=torch.uint8, device=device)
         self.labels = torch.zeros(len(self.images), dtype=torch.int64, device=device)
         self.colors = torch.zeros(len(self.images), 3, device=device)
 
@@ -175,21 +185,39 @@ class Training:
             x, y = normalise(self.images, self.splits.mean).add_(self.colors[:, :, None, None]), self.labels
             x = x.contiguous(memory_format=torch.channels_last)
         else:
-            x, y = training_batch(self.splits, self.choices.row(self.row), self.config.padding)
+            batch = self.choices.row(self.row).part(self.group.rows(self.config.batch_size))
+            x, y = training_batch(self.splits, batch, self.config.padding)
         self.lr.copy_(self.lrs.index_select(0, self.row)[0])
         self.optimizer.zero_grad()
         size = self.config.bn_batch_size or len(x)
-        with averaged(self.net, len(x) // size) as next_part:
-            for part in zip(torch.split(x, size), torch.split(y, size), strict=True):
-                self._one_pass(*part, len(x) // size)
+        parts = len(x) // size
+        before = self.wrong.clone() if self.group.size > 1 else self.wrong
+        with averaged(self.net, parts) as next_part:
+            for number, part in enumerate(zip(torch.split(x, size), torch.split(y, size), strict=True), start=1):
+                with self._exchanging(number == parts):
+                    self._one_pass(*part, parts)
                 next_part()
+        if self.group.size > 1:
+            self.group.mean(list(self.net.buffers()))
+            self.group.sum([self.wrong.sub_(before)])
+            self.wrong.add_(before)
         self.optimizer.step()
         self.row += 1
+
+    def _exchanging(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are exchanged with the group's other processes in the last pass of a batch alone."""
+        net = self.shared_net
+        return nullcontext() if last or not isinstance(net, DistributedDataParallel) else net.no_sync()
+
+    @property
+    def _share(self) -> int:
+        """How many images of each batch are this process's."""
+        return self.config.batch_size // self.group.size
 
     def _one_pass(self, x: Tensor, y: Tensor, parts: int) -> None:
         """Add the gradient of one of so many equal parts of a batch, and count its errors."""
         with autocast(self.config.precision, self.device):
-            logits = self.net(x).float()
+            logits = self.shared_net(x).float()
         loss = F.cross_entropy(logits, y)
         (loss / parts if parts > 1 else loss).backward()  # type: ignore[no-untyped-call]
         self.wrong += (logits.argmax(1) != y).sum()
@@ -197,8 +225,8 @@ class Training:
     def _read(self, images: Stream) -> None:
         """Put the next images where the update finds them."""
         if self.coming is None:
-            every = slice(None)
-            self.coming = images.training_batches(self.plan, self.step, self.config.steps, every)
+            rows = self.group.rows(self.config.batch_size)
+            self.coming = images.training_batches(self.plan, self.step, self.config.steps, rows)
         batch = next(self.coming)
         with self.queue.on():
             for here, value in zip((self.images, self.labels, self.colors), batch, strict=True):
@@ -225,6 +253,7 @@ class Training:
                     evaluation.feed()
                 self._evaluate[split]()
                 yield None
+            self.group.sum(evaluation.tensors[1:])
 
     def end_epoch(self) -> Iterator[None]:
         """Measure the net, append a row to `epochs` and start the next running count."""
@@ -355,6 +384,21 @@ def read_state(state: bytes) -> State:
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0]  # without torch's advice
         reason = "".join(c if c.isprintable() else " " for c in reason)
         raise ValueError(f"it is not a checkpoint of degrade's ({type(error).__name__}: {reason[:200]})") from None
+
+
+def check_shares(config: RunConfig, group: Group) -> None:
+    """
+    Raises:
+        ValueError: the group cannot share a batch out in parts of `bn_batch_size`.
+    """
+    if group.size == 1:
+        return
+    share, rest = divmod(config.batch_size, group.size)
+    if rest or config.bn_batch_size is None or share % config.bn_batch_size:
+        raise ValueError(
+            f"{group.size} processes share each batch of {config.batch_size}, and BN takes its statistics in each: "
+            f"bn_batch_size must divide {config.batch_size / group.size:g}; got {config.bn_batch_size}"
+        )
 
 
 def measured(splits: Splits, config: RunConfig) -> Images | Stream:

@@ -21,6 +21,7 @@ from degrade.errors import Failure
 from degrade.stopping import Stopped
 
 if TYPE_CHECKING:
+    from degrade.engine.group import Group
     from degrade.sweep import Machine
 
 UsageError: type[Any] = typer.BadParameter.__mro__[1]  # of the click that typer uses, whichever that is
@@ -308,6 +309,11 @@ def machine_of(
     return machine
 
 
+def started_together() -> bool:
+    """Whether torchrun has started this process beside others, to train each run with them."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def train_live(
     study: store.Study,
     runs: Sequence[store.Run],
@@ -315,12 +321,14 @@ def train_live(
     data_dir: Path,
     seconds: Mapping[str, float],
     snapshots: Sequence[int] = (),
+    group: "Group | None" = None,
 ) -> None:
     """Train the runs, shown live; `seconds` are those that each whole run will take, by run id."""
+    from degrade.engine.group import ALONE
     from degrade.sweep import sweep
 
     with terminal.SweepView(console, runs, seconds, machine.jobs * machine.pack) as view:
-        for run, event in sweep(study, runs, machine, data_dir, snapshots=snapshots):
+        for run, event in sweep(study, runs, machine, data_dir, snapshots=snapshots, group=group or ALONE):
             view.show(run, event)
 
 

@@ -28,6 +28,7 @@ from degrade.cli.app import (
     say,
     say_errors,
     say_table,
+    started_together,
     study_folder,
     train_live,
 )
@@ -71,6 +72,7 @@ from degrade.config import (
 from degrade.stopping import stopping
 
 if TYPE_CHECKING:
+    from degrade.engine.group import Group
     from degrade.sweep import Machine
 
 LONG = 12 * 3600  # seconds, from which on a shorter protocol is pointed out
@@ -183,6 +185,17 @@ def sweep(
     Example: degrade sweep --depths 20,56 --dataset shapes --protocol demo
     Example: degrade sweep experiments/demo.toml --seeds 0 --dry-run
     """
+    group = None
+    if started_together():
+        from degrade import sweep as engine
+        from degrade.engine.group import join
+        from degrade.train import check_shares
+
+        group, device = join(engine.resolve_device(device))
+        if group.rank:
+            engine.follow(group, device)
+            return
+        jobs, pack = "1", "1"
     flags = {
         "depths": numbers(depths, "--depths"),
         "blocks": names(blocks, "--blocks"),
@@ -244,6 +257,8 @@ def sweep(
     plans = []
     for asked in studies:
         chosen, configs = _open(study_folder(out, asked.name), asked, nets, device)
+        if group:
+            check_shares(configs[0], group)
         runs = engine.find_runs(chosen, configs)
         passed_over = [*store.FINISHED, *([] if retry_failed else ["failed"])]
         todo = [run for run in runs if run.status not in passed_over]
@@ -252,9 +267,12 @@ def sweep(
         plans.append(Plan(chosen, configs, runs, todo, machine))
     seconds = _estimate(plans)
     _print_plans(plans, seconds)
+    if not dry_run:
+        _train([plan for plan in plans if plan.todo], data_dir, seconds, kept, group)
+    if group:
+        group.tell(None)  # that there is no more
     if dry_run:
         return
-    _train([plan for plan in plans if plan.todo], data_dir, seconds, kept)
     _print_results([plan._replace(runs=engine.find_runs(plan.study, plan.configs)) for plan in plans], out)
 
 
@@ -392,7 +410,13 @@ def _print_plans(plans: Sequence[Plan], seconds: dict[str, float]) -> None:
         say(f"Too long? --protocol short takes about {terminal.duration(total * short)}")
 
 
-def _train(plans: Sequence[Plan], data_dir: Path | None, seconds: dict[str, float], kept: Sequence[int]) -> None:
+def _train(
+    plans: Sequence[Plan],
+    data_dir: Path | None,
+    seconds: dict[str, float],
+    kept: Sequence[int],
+    group: "Group | None",
+) -> None:
     """Fetch the data of all studies, and train one after the other, shown live."""
     from degrade import data
 
@@ -402,7 +426,7 @@ def _train(plans: Sequence[Plan], data_dir: Path | None, seconds: dict[str, floa
     for plan in plans:
         if len(plans) > 1:
             say(f"Study {plan.study.folder}")
-        train_live(plan.study, plan.todo, plan.machine, folder, seconds, kept)
+        train_live(plan.study, plan.todo, plan.machine, folder, seconds, kept, group)
 
 
 def _print_results(plans: Sequence[Plan], out: Path) -> None:

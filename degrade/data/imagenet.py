@@ -210,9 +210,14 @@ class Stream:
         for images, index, view in self.batches(choices(step) for step in range(start, stop)):
             yield images, self.labels[index], torch.from_numpy(view.color).float()
 
-    def middles(self, batch_size: int) -> Iterator[Tensor]:
-        """The middle of every image, in order: uint8 (B, 3, S, S), the last batch filled up with the last image."""
-        starts = range(0, len(self), batch_size)
+    def middles(self, batch_size: int, first: int = 0, step: int = 1) -> Iterator[Tensor]:
+        """The middle of every image, in order: uint8 (B, 3, S, S), the last batch filled up with the last image.
+
+        Args:
+            batch_size: images of each batch.
+            first, step: every `step`th batch only, from the `first` on.
+        """
+        starts = range(first * batch_size, len(self), step * batch_size)
         indices = (np.arange(start, start + batch_size).clip(max=len(self) - 1) for start in starts)
         return (images for images, _, _ in self.batches((index, middle_view(batch_size)) for index in indices))
 

@@ -32,6 +32,10 @@ class Batch:
     dx: Tensor
     flip: Tensor
 
+    def part(self, rows: slice) -> "Batch":
+        """Some of one update's choices."""
+        return Batch(*(choice[rows] for choice in vars(self).values()))
+
     def row(self, number: Tensor) -> "Batch":
         """One update's choices; `number`, of shape (1,), is on the same device, and nothing waits for it."""
         return Batch(*(choice.index_select(0, number)[0] for choice in vars(self).values()))

@@ -1,0 +1,123 @@
+"""Two processes that train each run together, started by torchrun, on a CPU."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import smoke
+
+from degrade.bench import on_noise
+from degrade.engine.group import ALONE, Group
+from degrade.train import check_shares
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]
+
+
+def command(tmp_path, data_dir, *arguments, together):
+    base = ["-m", "degrade", "sweep", "--dataset", "shapes", "--protocol", "smoke", "--depths", "8", "--device", "cpu"]
+    base += ["--data-dir", str(data_dir), "--threads", "1", "--compile", "off", "--jobs", "1", *arguments]
+    runner = [*TORCHRUN, "--rdzv-endpoint", "localhost:0", *base] if together else base
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {"args": [sys.executable, *runner], "cwd": tmp_path, "env": environment, "text": True}
+
+
+def run(tmp_path, data_dir, *arguments, together):
+    done = subprocess.run(
+        **command(tmp_path, data_dir, *arguments, together=together), capture_output=True, timeout=240
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def logs(folder):
+    return {path.parent.name: path for path in sorted(folder.glob("*/*/log.csv"))}
+
+
+def assert_close(there, here):
+    assert list(there) == list(here)
+    for name, path in there.items():
+        a, b = pd.read_csv(path), pd.read_csv(here[name])
+        pd.testing.assert_frame_equal(a, b, rtol=1e-3, atol=0.01)
+
+
+def test_two_processes_give_the_result_of_one(tmp_path, data_dir):
+    """With the same parts of a batch for BN, the sums differ at most in their order."""
+    shares = ("--bn-batch-size", "8", "--val-images", "40")
+    assert run(tmp_path, data_dir, *shares, "--out", "one", together=False)[0] == 0
+    code, out, _ = run(tmp_path, data_dir, *shares, "--out", "two", together=True)
+    assert code == 0
+    assert out.count("2 runs, 2 to train") == 1  # one of them speaks
+    assert_close(logs(tmp_path / "one"), logs(tmp_path / "two"))
+    code, out, _ = run(tmp_path, data_dir, *shares, "--out", "two", together=True)
+    assert (code, "2 runs, 0 to train" in out) == (0, True)
+
+
+def test_killed_at_once_and_begun_again_it_ends_with_the_same_bytes(tmp_path, data_dir):
+    shares = ("--bn-batch-size", "16", "--blocks", "residual", "--steps", "400", "--milestones", "200,300")
+    assert run(tmp_path, data_dir, *shares, "--out", "whole", together=True)[0] == 0
+    process = subprocess.Popen(
+        **command(tmp_path, data_dir, *shares, "--out", "killed", together=True),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (started := list((tmp_path / "killed").glob("*/*/environment.json"))) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert started
+    time.sleep(1.5)
+    process.send_signal(signal.SIGKILL)  # torchrun itself: its processes must not outlive it
+    process.wait()
+    lock = next((tmp_path / "killed").glob("*/*/lock"))
+    from degrade import commit
+
+    deadline = time.monotonic() + 10
+    while commit.holder(lock) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not commit.holder(lock)
+    assert run(tmp_path, data_dir, *shares, "--out", "killed", together=True)[0] == 0
+    (whole,), (killed,) = logs(tmp_path / "whole").values(), logs(tmp_path / "killed").values()
+    assert whole.read_bytes() == killed.read_bytes()
+
+
+def test_a_batch_that_cannot_be_shared_out_is_told(tmp_path, data_dir):
+    code, _, error = run(tmp_path, data_dir, "--out", "none", together=True)
+    assert code != 0
+    assert "2 processes share each batch of 32" in error
+    assert "bn_batch_size must divide 16; got None" in error
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(("batch_size", "part", "size"), [(32, None, 2), (32, 32, 2), (32, 16, 3), (33, 11, 2)])
+def test_what_cannot_be_shared_out(batch_size, part, size):
+    with pytest.raises(ValueError, match="bn_batch_size must divide"):
+        check_shares(smoke(batch_size=batch_size, bn_batch_size=part), Group(0, size))
+
+
+def test_what_can_be():
+    check_shares(smoke(batch_size=32, bn_batch_size=8), Group(1, 4))
+    check_shares(smoke(batch_size=32), ALONE)
+    assert [Group(rank, 4).rows(32) for rank in (0, 3)] == [slice(0, 8), slice(24, 32)]
+
+
+def test_each_process_evaluates_its_own_batches():
+    """Their sums are what one process finds."""
+    from degrade.evaluate import Evaluation
+
+    torch.manual_seed(0)
+    training = on_noise(smoke("residual"), "cpu")
+    images, mean = training.splits.test, training.splits.mean
+    whole = Evaluation(training.net, images, mean)
+    parts = [Evaluation(training.net, images, mean, group=Group(rank, 2)) for rank in (0, 1)]
+    assert sum(part.batches for part in parts) == whole.batches == 2
+    for evaluation in (whole, *parts):
+        evaluation.start()
+        for _ in range(evaluation.batches):
+            evaluation.step()
+    assert torch.equal(whole.losses, parts[0].losses + parts[1].losses)
+    assert torch.equal(whole.wrong, parts[0].wrong + parts[1].wrong)
