@@ -68,7 +68,7 @@ def prove(trained: Trained, run: Run, depth: int, splits: Splits, progress: Prog
     identity.deepen(trained.net, exact)
     seed = config.split_seed
     parts = {"train": in_memory(splits.train, seed), "test": in_memory(splits.test, seed)}
-    batches = training_batches(trained.config, replace(splits, train=parts["train"]), CALIBRATION_BATCHES)
+    batches = training_batches(trained.config, splits, CALIBRATION_BATCHES)
     start_net(trained, close, batches)
     record: dict[str, Any] = {
         "source": {"study": run.study, "run": run.folder.resolve().name, "weights": trained.sha256},
@@ -103,6 +103,7 @@ def _blocks_added(deep: RunConfig, shallow: RunConfig) -> int | list[int]:
 
 def training_batches(config: RunConfig, splits: Splits, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The first batches that a run of this configuration trains on, augmented: (B, 3, H, W) and labels (B,)."""
+    splits = replace(splits, train=in_memory(splits.train, config.split_seed))
     plan = SamplePlan(len(splits.train), config.batch_size, config.seed, config.augment)
     return [training_batch(splits, plan.batch(step), config.padding) for step in range(count)]
 

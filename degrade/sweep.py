@@ -184,7 +184,7 @@ def memory(config: RunConfig) -> float:
 def training_flops(config: RunConfig) -> float:
     """Floating-point operations of all updates: three times the forward pass's, two a multiply-add."""
     with torch.device("meta"):
-        net = FAMILIES[config.family](config.depth, config.block, width=config.width, shortcut=config.shortcut)
+        net = FAMILIES[config.family](config.depth, config.block, width=config.width, shortcut=config.shortcut).eval()
         with FlopCounterMode(display=False) as counter:
             net(torch.empty(1, 3, config.image_size, config.image_size))
     forward: int = counter.get_total_flops()
