@@ -1,6 +1,7 @@
 """DataFrames to figures. Errors are drawn in percent. Imports no torch."""
 
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from matplotlib.ticker import (
 )
 
 from degrade import paper
-from degrade.analysis.verdict import Grid, chance_error, finished, from_trained
+from degrade.analysis.verdict import CONTRAST, Grid, chance_error, deepest, finished, from_trained, verdicts
 from degrade.commit import make_folder, write_file
 from degrade.config import BLOCKS, short_name, spelt
 from degrade.log import Epoch
@@ -135,7 +136,7 @@ def draw_grid(epochs: "pd.DataFrame", grid: Grid) -> Figure | None:
         by_value(ax, final, grid, measure).set_title(MEASURES[measure], fontsize=10)
         _error_axis(ax, [*final["train_error"], *final["test_error"]], str(final["dataset"].iloc[0]))
     axes[0].set_ylabel("error")
-    figure.suptitle(f"Final errors v {grid.field}\n{_describe(final, grid.field)}", fontsize=10)
+    figure.suptitle(f"Final errors v {grid.field}\n{_describe(final, grid.field, 'protocol')}", fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     return figure
@@ -172,6 +173,42 @@ def by_value(ax: Axes, final: "pd.DataFrame", grid: Grid, measure: str) -> Axes:
     return ax
 
 
+def draw_data_sets(epochs: "pd.DataFrame", grid: Grid) -> Figure:
+    """Is it so in other data sets? The final training error v depth, a panel a data set, and what follows from it.
+
+    Args:
+        epochs: rows of the studies, and maybe of others, as `store.load` gives them.
+        grid: which studies, and the names of their data sets: one of `verdict.data_sets_of`.
+    """
+    epochs = epochs[epochs["study"].isin(list(grid.values))]
+    final = finished(epochs)
+    differ = [name for name in ("protocol", "train_images") if final[name].nunique(dropna=False) > 1]
+    count = len(grid.values)
+    rows = math.ceil(count / 3)
+    columns = math.ceil(count / rows)
+    figure = Figure(figsize=(3.6 * columns + 1.9, 3.6 * rows + 0.8))
+    figure.set_layout_engine("constrained", h_pad=0.12)
+    for i, (study, dataset) in enumerate(grid.values.items()):
+        runs = final[final["study"] == study]
+        row = runs.iloc[0]
+        own = {"protocol": f"protocol {row['protocol']}", "train_images": _images(row["train_images"])}
+        said = [
+            f"{v.block} {v.deep} v {v.shallow}: {v.verdict} ({100 * v.difference:+.2f} points)"
+            for v in deepest(verdicts(epochs[epochs["study"] == study]))
+            if v.block != CONTRAST
+        ]
+        if lost := int((runs["status"] == "diverged").sum()):
+            said.append(f"diverged, at chance: {lost} of {len(runs)} runs")
+        ax = by_depth(figure.add_subplot(rows, columns, i + 1), runs, "train_error")
+        ax.set_title(f"{dataset}\n{', '.join(own[name] for name in differ)}".strip(), fontsize=10)
+        ax.set_xlabel("\n".join([ax.get_xlabel(), *said]), fontsize=9)
+        ax.set_ylabel("" if i % columns else ax.get_ylabel(), fontsize=9)
+        ax.tick_params(labelsize=9)
+    figure.suptitle(f"Final {MEASURES['train_error']} v depth\n{_describe(final, 'dataset', *differ)}", fontsize=10)
+    _legend(figure)
+    return figure
+
+
 def draw_curves(epochs: "pd.DataFrame") -> Figure:
     """The error curves of Fig. 6, on one scale: a panel for each block, plain on the left."""
     epochs = _comparable(epochs)
@@ -183,11 +220,7 @@ def draw_curves(epochs: "pd.DataFrame") -> Figure:
     axes[0].set_ylabel("error")
     how = "as its source logged it" if epochs["imported"].iloc[0] else "clean images, eval mode"
     figure.suptitle(f"Training error ({how}) and test error\n{_describe(epochs)}", fontsize=10)
-    entries: dict[str, Artist] = {}
-    for ax in axes:
-        handles, labels = ax.get_legend_handles_labels()
-        entries |= {label: entries.get(label, handle) for label, handle in zip(labels, handles, strict=True)}
-    figure.legend(entries.values(), entries, loc="outside right center", frameon=False, fontsize=9)
+    _legend(figure)
     return figure
 
 
@@ -332,29 +365,46 @@ def save(figure: Figure, folder: Path, name: str, formats: Iterable[str] = FORMA
     return paths
 
 
-def _describe(epochs: "pd.DataFrame", field: str = "") -> str:
+def _legend(figure: Figure) -> None:
+    """What is in the panels, each label once."""
+    entries: dict[str, Artist] = {}
+    for ax in figure.axes:
+        handles, labels = ax.get_legend_handles_labels()
+        entries |= {label: entries.get(label, handle) for label, handle in zip(labels, handles, strict=True)}
+    figure.legend(entries.values(), entries, loc="outside right center", frameon=False, fontsize=9)
+
+
+def _describe(epochs: "pd.DataFrame", *differ: str) -> str:
     """`cifar10, protocol demo: 500 of the paper's 64,000 steps`, `width 8, 4,000 images, 3 seeds`, who has diverged.
 
-    Without `field`, where that differs between the rows.
+    Without the columns in which the rows `differ`: of several data sets their number, and not who has diverged.
     """
     row = epochs.iloc[0]
     counts = epochs.groupby(["study", "block", "depth"])["seed"].nunique()
     low, high = int(counts.min()), int(counts.max())
     seeds = f"{low} seed{'s' if low > 1 else ''}" if low == high else f"{low} to {high} seeds"
+    several = "dataset" in differ
     of = f" of the paper's {paper.STEPS:,}" if row["dataset"] == "cifar10" and row["steps"] < paper.STEPS else ""
-    images = row["train_images"]
-    size = f"{images:,.0f} images" if images == images and images is not None else "all images"  # pandas: None is NaN
-    parts = {"steps": f"{row['steps']:,}{of} steps", "width": f"width {row['width']}", "train_images": size}
-    parts.pop(field, None)
+    steps = f"{row['steps']:,}{'' if several else of} steps"
+    parts = {"steps": steps, "width": f"width {row['width']}", "train_images": _images(row["train_images"])}
+    parts = {name: part for name, part in parts.items() if name not in differ}
     steps = f": {parts.pop('steps')}" if "steps" in parts else ""
-    protocols = epochs["protocol"].str.removesuffix(", changed") if field else epochs["protocol"]
+    protocols = epochs["protocol"].str.removesuffix(", changed") if "protocol" in differ else epochs["protocol"]
     protocol = " and ".join(dict.fromkeys(protocols))
-    text = f"{short_name(row['dataset'])}, protocol {protocol}{steps}\n{', '.join([*parts.values(), seeds])}"
+    what = f"{epochs['dataset'].nunique()} data sets" if several else short_name(row["dataset"])
+    text = f"{what}, protocol {protocol}{steps}\n{', '.join([*parts.values(), seeds])}"
+    if several:
+        return text
     lost = epochs[epochs["status"] == "diverged"]
-    names = sorted({f"{r.block}-{r.depth}-s{r.seed}{f' of {r.study}' if field else ''}" for r in lost.itertuples()})
+    names = sorted({f"{r.block}-{r.depth}-s{r.seed}{f' of {r.study}' if differ else ''}" for r in lost.itertuples()})
     if row["imported"]:
         text += "\nimported: trained elsewhere; the last errors are those of the weights, measured here"
     return text + (f"\ndiverged, at chance: {', '.join(names)}" if names else "")
+
+
+def _images(count: float | None) -> str:
+    """`4,000 images`, or `all images` for None, which is NaN in some columns of pandas."""
+    return "all images" if count is None or math.isnan(count) else f"{count:,.0f} images"
 
 
 def _several_seeds(runs: "pd.DataFrame") -> bool:

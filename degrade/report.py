@@ -35,6 +35,8 @@ from degrade.analysis.verdict import (
     Verdict,
     best_verdicts,
     chance_error,
+    data_sets_of,
+    deepest,
     finished,
     from_trained,
     grid_verdicts,
@@ -138,6 +140,10 @@ SIDE_BY_SIDE = (
     "is lowest. If only a poor choice of this field made the deeper nets worse, each net's best would not get worse "
     "with depth."
 )
+IN_OTHERS = (
+    "A panel a data set, each with a scale of its own: only the directions compare. Where the lines of plain nets rise "
+    "to the right in all of them, degradation is no matter of one data set."
+)
 DRAWN = ("training-error", "curves", "test-error", "gap")  # in the page's order
 
 
@@ -178,7 +184,7 @@ class Section:
 
 
 class SideBySide(NamedTuple):
-    """Studies that differ in one field, as both templates take them."""
+    """Studies that differ in one field, or in the data set, as both templates take them."""
 
     field: str
     about: str
@@ -205,13 +211,14 @@ def write_report(studies: Sequence[Study], damaged: Sequence[str], out: Path) ->
     if epochs.empty and not any(map(_construction, studies)):
         raise ValueError("there is no epoch to report yet; degrade show tells how far the runs are")
     sections = [_section(study, epochs, f"study-{i}", out) for i, study in enumerate(studies, start=1)]
+    data_sets = [_data_sets(name, grid, studies, epochs, out) for name, grid in data_sets_of(studies).items()]
     grids = [_side_by_side(name, grid, studies, epochs, out) for name, grid in grids_of(studies).items()]
     ended = max((end for study in studies for run in study.runs for _, end in _timing(run)), default=None)
     values = {
         "version": degrade.__version__,
         "date": f"{ended:%Y-%m-%d}" if ended else "",
         "sections": sections,
-        "grids": [grid for grid in grids if grid],
+        "grids": [*data_sets, *(grid for grid in grids if grid)],
         "damaged": [_plain(line, 1000) for line in damaged],
         "chapters": CHAPTERS,
     }
@@ -334,11 +341,6 @@ def _and(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def deepest(found: Sequence[Verdict]) -> list[Verdict]:
-    """The last comparison of each block, and of the contrast; verdicts come by depth."""
-    return list({v.block: v for v in found}.values())
-
-
 def headline(found: Sequence[Verdict]) -> str:
     """Of each block the deepest comparison: `plain nets degrade (56 v 20 layers: +16.73); ...`"""
     words = {"degrades": "degrade", "does not degrade": "do not degrade", "undecided": "undecided"}
@@ -405,14 +407,12 @@ def _side_by_side(
     best = best_verdicts(epochs, grid)
     found = sorted([*grid_verdicts(epochs, grid), *best], key=Verdict.place)
     lines = best_lines(best, grid)
-    first = next(study for study in studies if study.name in grid.values)
-    folder = first.folder.parents[first.name.count("/")] / store.FIGURES  # of all results, as degrade plot has it
     title = f"Final errors v {grid.field}"
     picture = Picture(
         Reading(title, SIDE_BY_SIDE, "a control of this tool's own"),
         ". ".join([f"{title}, of {len(grid.values)} studies", *lines]),
         _uri(_svg(figure, f"{name} {' '.join(grid.values)}"), "svg+xml"),
-        _link(folder / f"{name}.png", out),
+        _link(_of_all(grid, studies) / f"{name}.png", out),
     )
     values = _and([f"{_plain(study)} ({spelt(value)})" for study, value in grid.values.items()])
     return SideBySide(
@@ -422,6 +422,38 @@ def _side_by_side(
         [f"{line if line.startswith(grid.field) else line[0].upper() + line[1:]}." for line in lines],
         _verdict_table(found, grid.field) if found else None,
     )
+
+
+def _data_sets(name: str, grid: Grid, studies: Sequence[Study], epochs: "pd.DataFrame", out: Path) -> SideBySide:
+    """Studies that are alike but for the data set: their figure, whose file is called `name`, and their verdicts."""
+    found = grid_verdicts(epochs, grid)
+    final = finished(epochs)
+    title = "Training error v depth in each data set"
+    said = [
+        f"{dataset}: {_said(final[final['study'] == study], 'training-error')}"
+        for study, dataset in grid.values.items()
+    ]
+    picture = Picture(
+        Reading(title, IN_OTHERS, f"{HE}, section 1"),
+        ". ".join([title, *said]),
+        _uri(_svg(plots.draw_data_sets(epochs, grid), f"{name} {' '.join(grid.values)}"), "svg+xml"),
+        _link(_of_all(grid, studies) / f"{name}.png", out),
+    )
+    values = _and([f"{_plain(study)} ({dataset})" for study, dataset in grid.values.items()])
+    lines = {dataset: headline([v for v in found if v.study == study]) for study, dataset in grid.values.items()}
+    return SideBySide(
+        "data set",
+        f"Studies that are alike but for the data set and what goes with it: {values}.",
+        picture,
+        [f"{dataset}: {line}." for dataset, line in lines.items() if line],
+        _verdict_table(found, "data set") if found else None,
+    )
+
+
+def _of_all(grid: Grid, studies: Sequence[Study]) -> Path:
+    """Where `degrade plot` puts the figures of several studies."""
+    first = next(study for study in studies if study.name in grid.values)
+    return first.folder.parents[first.name.count("/")] / store.FIGURES
 
 
 def _numbers(final: "pd.DataFrame") -> Table:

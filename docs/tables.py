@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import degrade
 from degrade import paper, report, store
-from degrade.analysis.verdict import finished, from_trained, verdicts
+from degrade.analysis.verdict import deepest, finished, from_trained, verdicts
 from degrade.cli import app
 from degrade.config import PROTOCOLS, RunConfig
 from degrade.terminal import duration, interval_text
@@ -44,7 +44,7 @@ def verdict_table() -> str:
                     interval_text(v),
                     v.words,
                 )
-                for v in report.deepest(verdicts(epochs[epochs["study"] == study.name]))
+                for v in deepest(verdicts(epochs[epochs["study"] == study.name]))
             ]
     return table("study | nets | depths | >seeds | >rise | >95 % interval | verdict", rows)
 

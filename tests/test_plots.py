@@ -5,7 +5,8 @@ from conftest import smoke, write_run
 from matplotlib.figure import Figure
 
 import degrade
-from degrade import paper, plots
+from degrade import paper, plots, store
+from degrade.analysis.verdict import Grid, data_sets_of
 from degrade.config import RunConfig
 
 
@@ -195,3 +196,146 @@ def test_the_same_figure_is_the_same_bytes(epochs, tmp_path):
 def test_plot_functions_take_and_return_axes(epochs):
     ax = Figure().add_subplot()
     assert plots.curves(ax, epochs, "plain") is ax
+
+
+FLOWERS = "folder:flowers:200+90:7:64:0123456789ab"
+
+
+def write_study(folder, dataset, finals=((8, 0.2), (14, 0.3)), *, seeds=2, **fields):
+    """Plain nets with these (depth, final training error); each seed a hundredth above the one before."""
+    if dataset.startswith(("folder:", "imagenet:")):  # which has fewer images than the protocol takes
+        fields |= {"train_images": None, "test_images": None}
+    for depth, error in finals:
+        for seed in range(seeds):
+            write_run(folder, smoke("plain", depth, seed, dataset=dataset, **fields), [(error + 0.01 * seed, 0.9)])
+
+
+def data_sets(folder):
+    """Of each figure: the data sets, by the studies that stand for them."""
+    return {name: grid.values for name, grid in data_sets_of(store.find_studies(folder)[0]).items()}
+
+
+class TestDataSets:
+    def test_a_panel_a_data_set_with_its_lines_and_verdict(self, tmp_path):
+        write_study(tmp_path / "a", "shapes", [(8, 0.2), (14, 0.6)])
+        write_study(tmp_path / "b", "cifar10", [(8, 0.01), (14, 0.005), (20, 0.0)], seeds=3)
+        assert data_sets(tmp_path) == {"data-sets-smoke": {"b": "cifar10", "a": "shapes"}}
+        figure = plots.draw_data_sets(degrade.load(tmp_path), Grid("dataset", {"b": "cifar10", "a": "shapes"}))
+        left, right = figure.axes
+        assert (left.get_title(), right.get_title()) == ("cifar10", "shapes")
+        for ax, points in ((left, [[8, 0.02], [14, 0.015], [20, 0.01]]), (right, [[8, 0.205], [14, 0.605]])):
+            drawn = {line.get_label(): line for line in ax.get_lines()}
+            np.testing.assert_allclose(drawn["plain"].get_xydata(), points)
+        assert left.get_xlabel().splitlines()[1:] == ["plain 20 v 8: undecided (-1.00 points)"]
+        assert right.get_xlabel().splitlines()[1:] == ["plain 14 v 8: degrades (+40.00 points)"]
+        assert left.get_ylim()[1] < 0.05 < right.get_ylim()[1]
+        figure.draw_without_rendering()
+        assert all(tick.get_text().endswith("%") for ax in figure.axes for tick in ax.get_yticklabels())
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["plain", "one seed", "lowest to highest seed"]
+        title = figure.get_suptitle()
+        assert title.endswith("v depth\n2 data sets, protocol smoke: 24 steps\nwidth 4, 256 images, 2 to 3 seeds")
+
+    def test_one_data_set_makes_none_however_many_studies(self, tmp_path):
+        write_study(tmp_path / "a", "shapes")
+        write_study(tmp_path / "b", "shapes")
+        write_study(tmp_path / "c", "shapes", train_images=100)
+        assert data_sets(tmp_path) == {}
+
+    def test_protocols_are_not_mixed(self, tmp_path):
+        write_study(tmp_path / "a", "shapes")
+        write_study(tmp_path / "b", "cifar10", lr=0.5)
+        assert data_sets(tmp_path) == {}
+        write_study(tmp_path / "c", "svhn")
+        write_study(tmp_path / "d", "mnist", lr=0.5)
+        assert data_sets(tmp_path) == {
+            "data-sets-smoke-a": {"a": "shapes", "c": "svhn"},
+            "data-sets-smoke-b": {"b": "cifar10", "d": "mnist"},
+        }
+        (tmp_path / "other").mkdir()
+        (tmp_path / "c").rename(tmp_path / "other" / "c")
+        assert data_sets(tmp_path) == {"data-sets-smoke": {"b": "cifar10", "d": "mnist"}}
+
+    def test_nor_are_the_nets_of_imagenet_with_others(self, tmp_path):
+        write_study(tmp_path / "a", "shapes")
+        write_study(tmp_path / "b", "imagenet:some:200+90:7:64:0123456789ab", [(18, 0.2), (34, 0.3)])
+        assert data_sets(tmp_path) == {}
+
+    def test_a_protocol_that_differs_in_all_of_them_is_said_to_be_changed(self, tmp_path):
+        for name, dataset in (("a", "cifar10"), ("b", "shapes")):
+            write_study(tmp_path / name, dataset, lr=0.5)
+        title = plots.draw_data_sets(degrade.load(tmp_path), Grid("dataset", data_sets(tmp_path)["data-sets-smoke"]))
+        assert "2 data sets, protocol smoke, changed: 24 steps" in title.get_suptitle()
+
+    def test_who_stands_for_a_data_set(self, tmp_path):
+        """The protocol itself, then most finished runs, then the first by name."""
+        write_study(tmp_path / "a", "shapes", seeds=3, train_images=100)
+        write_study(tmp_path / "b", "shapes", seeds=1)
+        write_study(tmp_path / "c", "shapes", seeds=2)
+        write_study(tmp_path / "d", "shapes", seeds=2)
+        write_study(tmp_path / "e", "svhn")
+        assert data_sets(tmp_path) == {"data-sets-smoke": {"c": "shapes", "e": "svhn"}}
+
+    def test_what_goes_with_a_data_set_may_differ_and_the_panels_say_it(self, tmp_path):
+        write_study(tmp_path / "a", "shapes", train_images=100)
+        write_study(tmp_path / "b", "svhn")
+        write_study(tmp_path / "c", FLOWERS)
+        grid = Grid("dataset", data_sets(tmp_path)["data-sets-smoke"])
+        figure = plots.draw_data_sets(degrade.load(tmp_path), grid)
+        assert [ax.get_title().replace("\n", ": ") for ax in figure.axes] == [
+            "flowers: protocol smoke, all images",
+            "shapes: protocol smoke, changed, 100 images",
+            "svhn: protocol smoke, 256 images",
+        ]
+        assert "3 data sets, protocol smoke: 24 steps\nwidth 4, 2 seeds" in figure.get_suptitle()
+
+    def test_imported_begun_from_trained_weights_or_unfinished_studies_stand_for_none(self, tmp_path):
+        write_study(tmp_path / "a", "shapes")
+        for name, dataset in (("b", "svhn"), ("e", "cifar100")):
+            write_study(tmp_path / name, dataset, init="identity:plain-8-s0-01234567:0123456789ab")
+        write_study(tmp_path / "c", "mnist")
+        values = store.read_json(tmp_path / "c" / store.STUDY) | {"imported": True}
+        (tmp_path / "c" / store.STUDY).write_bytes(store.to_json(values))
+        run = write_run(tmp_path / "d", smoke(dataset="cifar10"), [(0.5, 0.5), (0.4, 0.4)])
+        log = run.folder / "log.csv"
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+        assert data_sets(tmp_path) == {}
+
+    def test_folders_of_one_name_are_told_apart(self, tmp_path):
+        for name, dataset in (("a", FLOWERS), ("b", FLOWERS.replace("0123", "ffff")), ("c", "shapes")):
+            write_study(tmp_path / name, dataset)
+        (values,) = data_sets(tmp_path).values()
+        assert values == {"a": "flowers 0123456789ab", "b": "flowers ffff456789ab", "c": "shapes"}
+
+    def test_eight_panels_fit(self, tmp_path):
+        names = ["cifar10", "cifar100", "fashion-mnist", "mnist", "shapes", "svhn", FLOWERS]
+        names.append("folder:a-name-that-is-as-long-as-names-may-be..:900+90:200:32:0123456789ab")
+        for name in names:
+            write_study(tmp_path / name[:10], name, [(8, 0.2), (14, 0.1)])
+            known = store.Study.open(tmp_path / name[:10])
+            config = RunConfig(block="plain", depth=110, seed=0, **known.shared)
+            write_run(known.folder, config, [(0.2, 0.2)], loss=float("nan"))
+        (grid,) = data_sets_of(store.find_studies(tmp_path)[0]).values()
+        figure = plots.draw_data_sets(degrade.load(tmp_path), grid)
+        assert [ax.get_title().partition("\n")[0] for ax in figure.axes] == sorted(grid.values.values())
+        assert "diverged, at chance: 1 of 5 runs" in figure.axes[0].get_xlabel()
+        assert {ax.get_subplotspec().get_geometry()[:2] for ax in figure.axes} == {(3, 3)}
+        figure.draw_without_rendering()
+        boxes = [ax.get_tightbbox() for ax in figure.axes] + [figure.legends[0].get_tightbbox()]
+        overlaps = [(i, j) for i, one in enumerate(boxes) for j, two in enumerate(boxes) if i < j and one.overlaps(two)]
+        assert not overlaps
+        assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+    def test_plot_writes_them_and_says_where(self, cli, tmp_path):
+        write_study(tmp_path / "a", "shapes")
+        assert "data-sets" not in cli("plot", tmp_path, "--formats", "png").stdout
+        write_study(tmp_path / "b", "svhn")
+        result = cli("plot", tmp_path)
+        assert result.exit_code == 0
+        assert result.stdout.splitlines()[-1] == str(tmp_path / "figures" / "data-sets-smoke.{png,svg,pdf}")
+        written = [tmp_path / "figures" / f"data-sets-smoke.{kind}" for kind in plots.FORMATS]
+        for path, start in zip(written, (b"\x89PNG", b"<?xml", b"%PDF"), strict=True):
+            assert path.read_bytes().startswith(start)
+        assert sorted((tmp_path / "figures").iterdir()) == sorted(written)
+        cli("plot", tmp_path, "--formats", "svg", "--out", tmp_path / "out")
+        assert (tmp_path / "out" / "data-sets-smoke.svg").exists()

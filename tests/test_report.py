@@ -500,6 +500,35 @@ def test_without_such_studies_nothing_is_side_by_side(page, twin):
     assert "ide by side" not in twin
 
 
+def test_data_sets_are_side_by_side_in_panels(tmp_path, cli):
+    root = make_study(tmp_path / "<b>" / "one").parent
+    make_study(root / "two", dataset="svhn", seeds=(0,))
+    assert cli("plot", root, "--formats", "png").exit_code == 0
+    page, twin = report.write_report(*store.find_studies(root), tmp_path / "out")
+    text = twin.read_text()
+    mine = section_of(text, "Side by side")
+    assert "3. Side by side: studies that differ in data set\n" in text
+    assert "alike but for the data set and what goes with it: one (shapes) and two (svhn).\n" in mine
+    assert "- shapes: plain nets degrade (14 v 8 layers: +20.00 points); residual nets: undecided" in mine
+    assert "- svhn: plain nets: undecided (14 v 8 layers: +20.00 points); residual nets: undecided" in mine
+    (table,) = tables_of(mine)
+    assert [row[:5] for row in table[1:3]] == [
+        ["plain", "14 v 8", "shapes", "2", "+20.00"],
+        ["plain", "14 v 8", "svhn", "1", "+20.00"],
+    ]
+    (link,) = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", mine)
+    assert (tmp_path / "out" / unquote(link)).resolve() == root / "figures" / "data-sets-smoke.png"
+    assert "**Figure 3.1. Training error v depth in each data set.**" in mine
+    reader = Reader(page.read_text())
+    assert [t for t in reader.tables if t != [["nets"]]] == tables_of(text)
+    (alt,) = [image["alt"] for image in reader.all("img") if "each data set" in image["alt"]]
+    assert ". svhn: plain 8 layers 30.00 %; plain 14 layers 50.00 %; residual 8 layers 30.00 %" in alt
+    again = report.write_report(*store.find_studies(root), tmp_path / "again")
+    assert [path.read_text() for path in again] == [page.read_text(), text]
+    above = report.write_report(*store.find_studies(tmp_path), tmp_path / "above")  # they are <b>/one and <b>/two there
+    assert "<b>/" not in above[0].read_text()
+
+
 def test_a_command_is_quoted_for_the_shell(results):
     (command, other) = report.commands(store.Study.open(results / ODD))
     assert shlex.split(command)[-1] == shlex.split(other)[-1] == ODD

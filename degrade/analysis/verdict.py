@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from degrade import paper
-from degrade.config import BLOCKS, TYPES, dataset_of, spelt, usual_milestones
+from degrade.config import BLOCKS, PROTOCOLS, TYPES, dataset_of, matches_protocol, short_name, spelt, usual_milestones
 from degrade.store import FINISHED, Study
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ MARGIN = 0.005  # how far above 0 an interval that does not lie above 0 may end 
 CONFIDENCE = 0.95
 CONTRAST = "plain-residual"
 ORDER = (*BLOCKS, CONTRAST)
+WITH_DATASET = ("dataset", "augment", "train_images", "test_images")  # what goes with the data set
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,14 @@ def verdicts(epochs: "pd.DataFrame") -> list[Verdict]:
     return [v for runs in studies if not from_trained(runs["init"].iloc[0]) for v in _comparisons(runs)]
 
 
+def deepest(found: Iterable[Verdict]) -> list[Verdict]:
+    """The last comparison of each block, and of the contrast; verdicts come by depth."""
+    return list({v.block: v for v in found}.values())
+
+
 @dataclass(frozen=True)
 class Grid:
-    """Studies that differ in one field of the protocol alone.
+    """Studies that differ in one field of the protocol alone; or in the data set, and what goes with it.
 
     Args:
         field: its name.
@@ -193,13 +199,54 @@ def grids(studies: Mapping[str, Mapping[str, Any]]) -> list[Grid]:
 def grids_of(studies: Iterable[Study]) -> dict[str, Grid]:
     """The grids among the studies that were trained here and have an epoch, by the names of their figures."""
     begun = [study for study in studies if not study.imported and any(run.epochs for run in study.runs)]
-    found = grids({study.name: study.shared for study in begun})
-    fields = Counter(grid.field for grid in found)
-    named = {}
-    for grid in found:
-        own = f"-{min(grid.values).replace('/', '-')}" if fields[grid.field] > 1 else ""
-        named[f"grid-{grid.field}{own}"] = grid
-    return named
+    return _named([(f"grid-{grid.field}", grid) for grid in grids({study.name: study.shared for study in begun})])
+
+
+def data_sets_of(studies: Iterable[Study]) -> dict[str, Grid]:
+    """Studies in one folder that are alike but for the data set, two at least, by the names of their figures.
+
+    How many images there are and how they are augmented goes with the data set. Of several studies of one, that of
+    the protocol itself stands for it, else the one with most finished runs. None that was imported, began from trained
+    weights, or has no finished run.
+
+    Returns:
+        Grids whose values are the data sets' short names, with the hash where two folders have the same.
+    """
+    alike: dict[str, dict[str, Study]] = {}
+    for study in sorted(studies, key=_standing):
+        if study.imported or from_trained(study.shared["init"]) or not _count_finished(study):
+            continue
+        others = {name: value for name, value in study.shared.items() if name not in WITH_DATASET}
+        key = f"{PurePath(study.name).parent}: {json.dumps(others, sort_keys=True)}"
+        alike.setdefault(key, {}).setdefault(study.shared["dataset"], study)
+    found = []
+    for chosen in alike.values():
+        if len(chosen) < 2:
+            continue
+        short = Counter(map(short_name, chosen))
+        values = {}
+        for dataset, study in sorted(chosen.items(), key=lambda pair: (short_name(pair[0]), pair[0])):
+            own = f" {dataset.rpartition(':')[2]}" if short[short_name(dataset)] > 1 else ""
+            values[study.name] = short_name(dataset) + own
+        protocol = next(iter(chosen.values())).protocol
+        stem = f"data-sets-{protocol}" if protocol in PROTOCOLS else "data-sets"
+        found.append((stem, Grid("dataset", values)))
+    return _named(found)
+
+
+def _standing(study: Study) -> tuple[bool, int, str]:
+    """By which the studies of one data set are sorted; the first stands for it."""
+    return not matches_protocol(study.shared, study.protocol), -_count_finished(study), study.name
+
+
+def _count_finished(study: Study) -> int:
+    return sum(run.status in FINISHED for run in study.runs)
+
+
+def _named(found: Sequence[tuple[str, Grid]]) -> dict[str, Grid]:
+    """Each by its stem, with a study's name behind it where several have the same."""
+    stems = Counter(stem for stem, _ in found)
+    return {stem if stems[stem] == 1 else f"{stem}-{min(g.values).replace('/', '-')}": g for stem, g in found}
 
 
 def grid_verdicts(epochs: "pd.DataFrame", grid: Grid) -> list[Verdict]:

@@ -112,7 +112,8 @@ def plot(
     """Draw each study: training error v depth, curves, the gap.
 
     Training error v depth, the error curves, test error v depth, the gap between the two; and what was probed. Studies
-    that differ in one field alone, as sweep --grid makes them, are drawn side by side too, in figures/ of the results.
+    that differ in one field alone, as sweep --grid makes them, are drawn side by side too, in figures/ of the results;
+    so is the training error in several data sets, of studies that are alike otherwise.
 
     \b
     Example: degrade plot results/
@@ -123,7 +124,7 @@ def plot(
     epochs = epochs_of(results, studies, damaged)
 
     from degrade import plots, probe_plots
-    from degrade.analysis.verdict import grids_of
+    from degrade.analysis.verdict import data_sets_of, grids_of
 
     for name, rows in epochs.groupby("study", sort=True):
         study = next(study for study in studies if study.name == name)
@@ -135,6 +136,8 @@ def plot(
     for name, grid in grids_of(studies).items():
         if side_by_side := plots.draw_grid(epochs, grid):
             say_paths(plots.save(side_by_side, out or results / store.FIGURES, name, kinds))
+    for name, grid in data_sets_of(studies).items():
+        say_paths(plots.save(plots.draw_data_sets(epochs, grid), out or results / store.FIGURES, name, kinds))
     return tell(damaged)
 
 
