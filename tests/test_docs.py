@@ -9,6 +9,7 @@ import typer
 
 import degrade
 from degrade import plots, store
+from degrade.analysis.verdict import data_sets_of
 from degrade.cli import app
 from degrade.log import COLUMNS
 from degrade.report import write_report
@@ -189,6 +190,17 @@ class TestReferenceResults:
     def test_nothing_in_it_names_a_machine(self, path):
         for file in [*path.parent.rglob("*.json"), *path.parent.rglob("*.csv"), *path.parent.rglob("*.svg")]:
             assert not re.search(r"/(home|root|Users|tmp|work)/", file.read_text()), file
+
+
+def test_the_figures_of_several_data_sets_are_of_the_results(tmp_path):
+    studies, _ = store.find_studies(ROOT / "results")
+    figures = data_sets_of(studies)
+    assert "data-sets-demo" in figures
+    for name, grid in figures.items():
+        plots.save(plots.draw_data_sets(store.to_frame(studies), grid), tmp_path, name)
+        there, now = ((folder / f"{name}.svg").read_text() for folder in (ROOT / "results" / "figures", tmp_path))
+        assert re.findall(r"<text[^>]*>([^<]*)", there) == re.findall(r"<text[^>]*>([^<]*)", now), "run make figures"
+        assert not re.search(r"/(home|root|Users|tmp|work)/", there)
 
 
 def test_the_report_is_of_the_results(tmp_path):
