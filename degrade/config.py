@@ -15,7 +15,7 @@ DECAYS = ("all", "conv")
 PRECISIONS = ("fp32", "tf32", "bf16")
 INITS = ("he", "zero-gamma")
 PADDINGS = ("mean", "black")
-PROBES = ("responses", "gradients", "lesion", "landscape", "bn")  # what `degrade probe` measures
+PROBES = ("responses", "gradients", "lesion", "landscape", "bn", "ten-crop")  # what `degrade probe` measures
 ZERO_CHANNELS = ("appended", "both-sides")  # of option A, in weights that are imported
 IDENTITY = re.compile(r"identity:[a-z]+-[0-9]+-s[0-9]+-[0-9a-f]{8}:[0-9a-f]{12}")  # the run, and a hash of its weights
 
@@ -46,6 +46,7 @@ DATASETS = {
 FOLDER = re.compile(
     r"(?:folder|imagenet):([a-z0-9._-]{1,40}):([0-9]{1,9})\+([0-9]{1,9}):([0-9]{1,6}):([0-9]{1,4}):([0-9a-f]{12})"
 )
+GENUINE_IMAGENET = re.compile(r"imagenet:[^:]+:1281167\+50000:1000:224:[0-9a-f]{12}")  # by its numbers
 # Blocks of each stage in the nets of ImageNet, by depth: Table 1. From 50 layers on they are bottlenecks.
 TABLE_1 = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 BOTTLENECKS = (50, 101, 152)
@@ -229,15 +230,14 @@ class RunConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number of at least 0; got {value}")
+        name = short_name(self.dataset)
         if self.val_images + (self.train_images or 1) > known.train_images:
             asked = f"{self.train_images or 1} + {self.val_images}"
             raise ValueError(
-                f"train_images + val_images must be at most the {known.train_images} of {self.dataset}; got {asked}"
+                f"train_images + val_images must be at most the {known.train_images} of {name}; got {asked}"
             )
         if self.test_set_size > known.test_images:
-            raise ValueError(
-                f"test_images must be at most the {known.test_images} of {self.dataset}; got {self.test_images}"
-            )
+            raise ValueError(f"test_images must be at most the {known.test_images} of {name}; got {self.test_images}")
         if len(self.input_mean) not in (0, 3) or not all(map(math.isfinite, self.input_mean)):
             raise ValueError(f"input_mean must be three numbers, such as 0.49,0.48,0.45; got {list(self.input_mean)}")
         if self.bn_batch_size is not None and (self.bn_batch_size < 1 or self.batch_size % self.bn_batch_size):

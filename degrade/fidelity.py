@@ -4,12 +4,11 @@ The published protocol is section 4.2 of He et al. 2015 (arXiv:1512.03385), the 
 ImageNet section 3.4.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from degrade import paper
-from degrade.config import PAPER_ON_IMAGENET, dataset_of, family_of, short_name
+from degrade.config import GENUINE_IMAGENET, PAPER_ON_IMAGENET, dataset_of, family_of, short_name
 
 
 class Departure(NamedTuple):
@@ -114,7 +113,6 @@ ON_IMAGENET: dict[str, Any] = {
     "augment": "scale-color",
 }
 NOT_ON_IMAGENET = ("milestones", "warmup_depth", "warmup_lr")
-GENUINE = re.compile(r"imagenet:[^:]+:1281167\+50000:1000:224:[0-9a-f]{12}")
 
 
 def departures(shared: Mapping[str, Any], imported: Mapping[str, Any] | None = None) -> list[Departure]:
@@ -136,7 +134,7 @@ def departures(shared: Mapping[str, Any], imported: Mapping[str, Any] | None = N
     explicit = [
         Departure(title, say(published), say(values[name]), "explicit")
         for name, (title, published, say) in table.items()
-        if values[name] != published and not (name == "dataset" and GENUINE.fullmatch(values[name]))
+        if values[name] != published and not (name == "dataset" and GENUINE_IMAGENET.fullmatch(values[name]))
     ]
     if imported is not None:
         own = imported.get("departures")

@@ -42,6 +42,16 @@ CIFAR10 = (
     Published("preact", 110, None, 0.0637, "He et al. 2016, arXiv:1603.05027, Table 2"),
 )
 
+_TABLE_2 = "He et al. 2015, arXiv:1512.03385, Table 2: top-1, 10 crops of each validation image"
+
+# On ImageNet; training error is drawn in Fig. 4 and nowhere given.
+IMAGENET = (
+    Published("plain", 18, None, 0.2794, _TABLE_2),
+    Published("plain", 34, None, 0.2854, _TABLE_2),
+    Published("residual", 18, None, 0.2788, _TABLE_2),
+    Published("residual", 34, None, 0.2503, _TABLE_2),
+)
+
 _MARTYN = "github.com/a-martyn/resnet: training error on augmented images, in eval mode"
 _WOOYEOL = "github.com/wooyeolBaek/deep-residual-learning"
 _NABLA = "github.com/nabla0001/resnet: mean of 5 seeds"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from degrade import __version__, commit, store
+from degrade.analysis.crops import ten_crop
 from degrade.analysis.gradients import DISTANCES, correlation, norms
 from degrade.analysis.landscape import landscape, landscape_rows
 from degrade.analysis.lesion import lesion, lesion_rows
@@ -40,7 +41,8 @@ from degrade.train import load_splits, training_batch
 from degrade.weights import Trained, load_weights, make_net
 
 OF_FRESH_NETS = ("responses", "gradients", "landscape")  # the others need a net that is better than chance
-IMAGES = {"responses": 1000, "gradients": 512, "lesion": 1000, "landscape": 1000}  # bn: all
+IMAGES = {"responses": 1000, "gradients": 512, "lesion": 1000, "landscape": 1000}  # bn, ten-crop: all
+IN_MEMORY = 10_000  # images at most, of those that stay on the disk
 BATCH = 128  # the paper's, whatever the run's: what batch normalisation does depends on it
 RECALIBRATION = 5000  # training images at least: the statistics of a few batches are worse than the running ones
 MAX_POINTS, MIN_POINTS, MIN_IMAGES = 25, 5, 100  # of a landscape that has to fit a budget
@@ -108,7 +110,7 @@ class Part:
             return lesion_rows(sum(blocks_of(self.run.config.family, depth)))
         if self.probe == "landscape":
             return landscape_rows(2 * points + 1, 1) + landscape_rows(points, 2)
-        return 4
+        return 4 if self.probe == "bn" else 2
 
     @property
     def passes(self) -> int:
@@ -119,6 +121,8 @@ class Part:
         if self.probe == "bn":
             train, test = bn_images(self.run.config, images)
             return recalibration_images(self.run.config, images) + 2 * (train + test)
+        if self.probe == "ten-crop":
+            return 10 * images
         return images * (self.rows if self.probe in ("lesion", "landscape") else 1)
 
     @property
@@ -173,6 +177,7 @@ def find_parts(study: Study, runs: Sequence[Run], probes: Sequence[str], wish: W
     Raises:
         ValueError: a probe of fresh nets that needs trained ones, or a number of points that no landscape has.
     """
+    asked_for = bool(probes)
     probes = probes or (OF_FRESH_NETS if wish.at_init else PROBES)
     if wish.at_init and (trained := [probe for probe in probes if probe not in OF_FRESH_NETS]):
         raise ValueError(f"{trained[0]} needs trained nets: a fresh one is at chance whatever is done to it")
@@ -190,6 +195,10 @@ def find_parts(study: Study, runs: Sequence[Run], probes: Sequence[str], wish: W
             left_out.append(str(error))
             continue
         for probe in probes:
+            if probe == "ten-crop" and run.config.family != "imagenet":
+                if asked_for:
+                    left_out.append(f"{run.folder}: ten crops are taken of images that are larger than the net's input")
+                continue
             asked = {
                 "probe": probe,
                 "run": run.folder.name,
@@ -207,7 +216,8 @@ def find_parts(study: Study, runs: Sequence[Run], probes: Sequence[str], wish: W
 
 def image_count(config: RunConfig, probe: str, most: int | None) -> int:
     """How many images a probe takes; of bn the larger of its two numbers."""
-    sizes = {"lesion": config.test_set_size, "bn": max(bn_images(config, None))}
+    tested = config.test_set_size
+    sizes = {"lesion": tested, "ten-crop": tested, "bn": max(bn_images(config, None))}
     size, most = sizes.get(probe, config.training_set_size), most or IMAGES.get(probe)
     return size if most is None else min(size, most)
 
@@ -215,6 +225,8 @@ def image_count(config: RunConfig, probe: str, most: int | None) -> int:
 def bn_images(config: RunConfig, most: int | None) -> tuple[int, int]:
     """Training and test images."""
     sizes = config.training_set_size, config.test_set_size
+    if config.family == "imagenet":
+        most = min(most or IN_MEMORY, IN_MEMORY)
     return sizes if most is None else (min(sizes[0], most), min(sizes[1], most))
 
 
@@ -428,6 +440,11 @@ def records(part: Part, splits: Splits, skip: int) -> Iterator[dict[str, object]
         calibration = some(splits.train, recalibration_images(config, train), config, mean)
         batches = (x for x, _ in training_batches(replace(splits, train=calibration), config))
         yield from islice(bn_rows(net.net, train_images, test_images, net.mean, batches), skip, None)
+        return
+    if part.probe == "ten-crop":
+        assert isinstance(splits.test, Stream)  # of no other net is it asked for
+        chosen = stratified(splits.test.labels, asked["images"], config.split_seed)
+        yield from islice(ten_crop(net.net, splits.test.part(chosen), net.mean), skip, None)
         return
     images = some(splits.test if part.probe == "lesion" else splits.train, asked["images"], config, mean)
     splits = replace(splits, train=images)

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from degrade.config import BLOCKS, matches_protocol
+from degrade.config import BLOCKS, matches_protocol, short_name
 from degrade.plots import COLOURS, MARKERS
 from degrade.store import PROBES, Study
 
@@ -32,6 +32,7 @@ TABLES = (
     "lesion",
     "landscape",
     "bn",
+    "ten-crop",
 )  # probes, as `degrade.probe` has them, which needs torch
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
 GREY = "0.4"
@@ -43,7 +44,7 @@ def of_study(study: Study) -> tuple[dict[str, Figure], list[str]]:
 
     changed = "" if matches_protocol(study.shared, study.protocol) else ", changed"
     protocol, width = f"protocol {study.protocol}{changed}", f"width {study.shared['width']}"
-    about = f"{study.name}: {study.shared['dataset']}, {protocol}, {width}"
+    about = f"{study.name}: {short_name(study.shared['dataset'])}, {protocol}, {width}"
     drawn: dict[str, Figure] = {}
     damaged = []
     for probe in TABLES:
@@ -75,6 +76,8 @@ def figures(probe: str, rows: "pd.DataFrame", about: str) -> dict[str, Figure]:
         return {"lesion": draw_lesion(rows, about)} if len(rows) else {}
     if probe == "bn":
         return {"bn": draw_bn(rows, about)} if len(rows) else {}
+    if probe == "ten-crop":
+        return {"ten-crop": draw_ten_crop(rows, about)} if len(rows) else {}
     drawn = {}
     for init, suffix, when in ((0, "", ""), (1, "-at-init", ", fresh initialisations")):
         mine = rows[rows["init"] == init]
@@ -309,6 +312,27 @@ def draw_bn(rows: "pd.DataFrame", about: str) -> Figure:
         fontsize=10,
     )
     figure.legend(handles=keys, loc="outside right center", frameon=False, fontsize=9)
+    return figure
+
+
+def draw_ten_crop(rows: "pd.DataFrame", about: str) -> Figure:
+    """Test error v depth, of the middle of each image and of ten crops of it."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    ax = figure.subplots()
+    for block in blocks_of(rows):
+        for crops, style, face in ((1, ":", "white"), (10, "-", COLOURS[block])):
+            mine = rows[(rows["block"] == block) & (rows["crops"] == crops)]
+            mean = mine.groupby("depth")["error"].mean()
+            label = f"{block}, {'the middle' if crops == 1 else 'ten crops'}"
+            ax.plot(
+                mean.index, mean, style, color=COLOURS[block], marker=MARKERS[block], markerfacecolor=face, label=label
+            )
+    tidy(ax, "y").yaxis.set_major_formatter(PERCENT)
+    ax.set_xticks(sorted(set(rows["depth"])))
+    ax.set_xlabel("depth (weight layers)")
+    ax.set_ylabel(f"test error, {image_range(rows)}")
+    figure.suptitle(f"Test error of one crop and of ten\n{about}, {seed_range(rows)}", fontsize=10)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
     return figure
 
 

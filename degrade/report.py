@@ -44,7 +44,16 @@ from degrade.analysis.verdict import (
     verdicts,
 )
 from degrade.commit import make_folder, write_file
-from degrade.config import BLOCKS, PROTOCOLS, matches_protocol, overridden, short_name, spelt, study_name
+from degrade.config import (
+    BLOCKS,
+    GENUINE_IMAGENET,
+    PROTOCOLS,
+    matches_protocol,
+    overridden,
+    short_name,
+    spelt,
+    study_name,
+)
 from degrade.errors import Failure
 from degrade.fidelity import departures
 from degrade.store import FINISHED, Run, Study
@@ -127,6 +136,12 @@ READINGS = {
         "Error with the statistics gathered in training, and with statistics measured anew. Where the two agree, the "
         "errors above are not an artefact of stale statistics.",
         "a control of this tool's own",
+    ),
+    "ten-crop": Reading(
+        "One crop and ten",
+        "Test error where the predictions for ten crops of each image are averaged, as the paper's numbers on ImageNet "
+        "are, and of the middle alone, as the log has it.",
+        f"{HE}, Table 2",
     ),
     "identity": Reading(
         "The identity construction",
@@ -287,7 +302,7 @@ def _section(study: Study, epochs: "pd.DataFrame", anchor: str, out: Path) -> Se
     if len(rows):
         section.pictures = _pictures(study, rows, final, out)
         section.film = film(rows)
-    if study.shared["dataset"] == "cifar10" and not went_on and (literature := _literature(study)):
+    if not went_on and (literature := _literature(study)):
         section.tables["literature"] = literature
     if section.comparable and len(final) and (among := among_the_published(final)):
         section.tables["among"] = among
@@ -492,15 +507,19 @@ def _in_order(rows: "pd.DataFrame") -> list[tuple[str, int]]:
 def _literature(study: Study) -> Table | None:
     """Training / test error of the study's nets, as others published them."""
     nets = {(run.config.block, run.config.depth) for run in study.runs}
-    numbers = [p for p in (*paper.CIFAR10, *paper.REPRODUCTIONS) if (p.block, p.depth) in nets]
+    dataset, on = str(study.shared["dataset"]), "CIFAR-10"
+    every: tuple[paper.Published, ...] = (*paper.CIFAR10, *paper.REPRODUCTIONS) if dataset == "cifar10" else ()
+    if GENUINE_IMAGENET.fullmatch(dataset):
+        every, on = paper.IMAGENET, "ImageNet, of 10 crops"
+    numbers = [p for p in every if (p.block, p.depth) in nets]
     columns: dict[str, dict[tuple[str, int], str]] = {}
     for p in numbers:
         cell = f"{_bare(p.train_error)} / {_bare(p.test_error)}"
-        source = "He et al." if p in paper.CIFAR10 else p.source.split("/")[1]
+        source = "He et al." if p in (*paper.CIFAR10, *paper.IMAGENET) else p.source.split("/")[1]
         columns.setdefault(source, {})[p.block, p.depth] = cell
     listed = sorted({(p.block, p.depth) for p in numbers}, key=lambda net: (BLOCKS.index(net[0]), net[1]))
     rows = [(f"{b}-{d}", *(cells.get((b, d), "") for cells in columns.values())) for b, d in listed]
-    caption = "Published on CIFAR-10: training / test error in %"
+    caption = f"Published on {on}: training / test error in %"
     return Table(caption, ("net", *(f">{name}" for name in columns)), rows) if rows else None
 
 

@@ -359,3 +359,58 @@ class TestParts:
         for run in runs:
             run.update()
         assert not torch.equal(runs[0].net.conv.weight, runs[1].net.conv.weight)
+
+
+class TestTenCrops:
+    def test_they_are_the_middle_and_the_corners_and_all_mirrored(self, dataset, cache):
+        from degrade.analysis.crops import ten_views
+
+        _, test = imagenet.load(dataset, cache)
+        ((pixels, _, _),) = test.batches([(np.full(10, 3), ten_views(1))])
+        image = test.reader.read(3)
+        side = min(image.size) / imagenet.TEST
+        width, height = image.size
+        corner = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=(width - side, 0, width, side))
+        assert torch.equal(pixels[0], test.take(torch.tensor([3])).images[0])
+        assert np.array_equal(pixels[2].numpy(), np.asarray(corner).transpose(2, 0, 1))
+        assert torch.equal(pixels[5:], pixels[:5].flip(3))
+        assert height >= side
+
+    def test_predictions_are_averaged(self, dataset, cache):
+        from degrade.analysis.crops import ten_crop
+        from degrade.evaluate import evaluate
+
+        run = training(dataset, cache)
+        run.net.eval()
+        _, test = imagenet.load(dataset, cache)
+        one, ten = ten_crop(run.net, test, run.splits.mean)
+        middles = test.take(torch.arange(15))
+        loss, error = evaluate(run.net, middles.images, middles.labels, run.splits.mean)
+        assert (one["crops"], one["error"], one["images"]) == (1, error, 15)
+        assert one["loss"] == pytest.approx(loss, rel=1e-5)
+        assert ten["crops"] == 10
+        assert ten["loss"] != one["loss"]
+
+
+def test_the_whole_way_on_the_command_line(cli, folder, tmp_path):
+    """sweep, plot, verdict, identity, probe, check and report, as on CIFAR-10."""
+    words = ("--protocol", "smoke", "--steps", "4", "--batch-size", "8", "--width", "4", "--device", "cpu")
+    where = ("--out", tmp_path / "out", "--data-dir", tmp_path / "data")
+    result = cli("sweep", "--dataset", f"imagenet:{folder}", "--image-size", "32", "--depths", "18,34", *words, *where)
+    assert result.exit_code == 0, result.stderr
+    (study,) = (tmp_path / "out").iterdir()
+    assert study.name.startswith("mini-smoke")
+    assert "34 v 18" in cli("verdict", tmp_path / "out").stdout
+    assert cli("plot", tmp_path / "out").exit_code == 0
+    run = next(study.glob("residual-18-*"))
+    result = cli("identity", run, "--depth", "34", "--data-dir", tmp_path / "data")
+    assert result.exit_code == 0, result.stderr
+    result = cli("probe", study, "--probes", "ten-crop,responses", "--data-dir", tmp_path / "data")
+    assert result.exit_code == 0, result.stderr
+    assert (study / "figures" / "ten-crop.png").stat().st_size > 1000
+    assert (study / "probes" / "ten-crop.csv").read_text().count("\n") == 9
+    assert cli("check", tmp_path / "out").exit_code == 0
+    assert cli("report", tmp_path / "out").exit_code == 0
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "crops of 32 pixels" in page
+    assert "Published on" not in page

@@ -364,7 +364,8 @@ def _open(folder: Path, asked: Asked, nets: dict[str, list[Any]], device: str) -
             f"study {there.name} holds imported runs; give this sweep a study of its own with --study NAME"
         )
     precision = there.shared["precision"] if there else default_precision(device)
-    configs = configs_of(nets, asked.dataset, protocol_fields(asked.protocol, {"precision": precision} | asked.fields))
+    fields = protocol_fields(asked.protocol, {"precision": precision} | asked.fields, asked.dataset)
+    configs = configs_of(nets, asked.dataset, fields)
     check_precision(configs[0].precision, device)
     study = there or store.Study(folder, folder.name, asked.protocol, configs[0].shared())
     study.check(configs)
