@@ -44,8 +44,8 @@ def list_(data_dir: DataDir = None) -> None:
             about.licence if about else "MIT",
             about.source if about else "drawn by degrade",
         )
-    for name in data.folder.cached(folder):
-        table.add_row(name, *_sizes(dataset_of(name)), "-", "yes", "your own", "a folder of images")
+    for name in [*data.folder.cached(folder), *data.imagenet.known(folder)]:
+        table.add_row(name, *_sizes(dataset_of(name)), "-", data.state(name, folder), "your own", "a folder of images")
     say(f"In {folder}:")
     say_table(table)
 
@@ -95,7 +95,8 @@ def check(
     from degrade import data
 
     folder = data_dir or data.default_data_dir()
-    names = datasets or [name for name in DATASETS if data.state(name, folder) != "no"] + data.folder.cached(folder)
+    here = [name for name in DATASETS if data.state(name, folder) != "no"]
+    names = datasets or [*here, *data.folder.cached(folder), *data.imagenet.known(folder)]
     wrong = 0
     for text in dict.fromkeys(names):
         size = image_size if ":" in text and not FOLDER.fullmatch(text) else None

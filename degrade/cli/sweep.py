@@ -1,6 +1,7 @@
 """`degrade sweep`"""
 
 import math
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -195,7 +196,8 @@ def sweep(
         if group.rank:
             engine.follow(group, device)
             return
-        jobs, pack = "1", "1"
+        jobs, pack, beside = "1", "1", int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        threads = str(max((os.cpu_count() or 1) // beside, 1)) if threads == "auto" else threads
     flags = {
         "depths": numbers(depths, "--depths"),
         "blocks": names(blocks, "--blocks"),

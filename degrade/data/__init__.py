@@ -188,7 +188,10 @@ def state(dataset: str, data_dir: Path) -> str:
     if dataset in OFFICIAL and not OFFICIAL[dataset].is_there(data_dir):
         return "no"
     try:
-        check(dataset, data_dir)
+        if family_of(dataset) == "imagenet":  # which it would take an hour to check
+            imagenet.load(dataset, data_dir)
+        else:
+            check(dataset, data_dir)
     except Failure:
         return "damaged" if dataset in OFFICIAL or folder.cache(dataset, data_dir).exists() else "no"
     return "yes"

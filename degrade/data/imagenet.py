@@ -8,6 +8,7 @@ Images are read by threads of this process: Pillow lets go of Python's lock whil
 unlike processes, never outlive a run that is killed, and may be had within the processes of a sweep.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -261,8 +262,18 @@ def prepare(path: Path, data_dir: Path, *, image_size: int = 224, write: bool = 
     dataset = f"imagenet:{name}:{counts[0]}+{counts[1]}:{classes}:{image_size}:{digest}"
     if write:
         make_folder(data_dir)
-        write_file(_record(dataset, data_dir), json.dumps({"path": str(path.resolve())}).encode())
+        record = {"dataset": dataset, "path": str(path.resolve())}
+        write_file(_record(dataset, data_dir), json.dumps(record).encode())
     return Prepared(dataset, tuple(notes))
+
+
+def known(data_dir: Path) -> list[str]:
+    """The full names of the folders and stores whose places are remembered."""
+    names = set()
+    for record in data_dir.glob("imagenet-*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            names.add(str(json.loads(record.read_text())["dataset"]))
+    return sorted(filter(FOLDER.fullmatch, names))
 
 
 def load(dataset: str, data_dir: Path) -> tuple[Stream, Stream]:
@@ -304,7 +315,8 @@ def _name(path: Path) -> str:
 
 
 def _record(dataset: str, data_dir: Path) -> Path:
-    return data_dir / f"imagenet-{short_name(dataset)}-{dataset.rpartition(':')[2]}.json"
+    size, digest = dataset.split(":")[-2:]
+    return data_dir / f"imagenet-{short_name(dataset)}-{size}-{digest}.json"
 
 
 def _advice(dataset: str, what: str) -> str:
