@@ -46,12 +46,12 @@ def milliseconds(function: Callable[[int], object], count: int) -> float:
 
 def images_per_second(stream: imagenet.Stream, threads: int) -> float:
     plan = SamplePlan(len(stream), BATCH, 0, "scale-color")
-    before, imagenet.readers = imagenet.readers, lambda: threads  # type: ignore[assignment]
+    before, imagenet.cores = imagenet.cores, lambda: threads
     steps = max(len(stream) // BATCH, 8)
     start = time.perf_counter()
     for _ in stream.training_batches(plan, 0, steps, slice(None)):
         pass
-    imagenet.readers = before  # type: ignore[assignment]
+    imagenet.cores = before
     return steps * BATCH / (time.perf_counter() - start)
 
 
@@ -79,7 +79,7 @@ def main() -> None:
         print(f"decode a JPEG: {milliseconds(streams['images'].reader.read, min(count, 400)):.2f} ms")
         print(f"out of the store: {milliseconds(streams['store'].reader.read, min(count, 400)):.3f} ms")
         print(f"scale, crop and mirror: {milliseconds(cut, min(count, 400)):.2f} ms")
-        cores = imagenet.readers()
+        cores = imagenet.cores()
         for name, stream in streams.items():
             found: dict[int, list[float]] = {1: [], cores: []}
             for _ in range(TURNS):

@@ -416,9 +416,7 @@ def protocol_fields(protocol: str, overrides: Mapping[str, Any], dataset: str = 
     """
     check_is_one_of(PROTOCOLS, "protocol", protocol)
     known = dataset_of(dataset)
-    values = dict(PROTOCOLS[protocol])
-    if protocol == "paper" and family_of(dataset) == "imagenet":
-        values = dict(PAPER_ON_IMAGENET)
+    values = (PAPER_ON_IMAGENET if family_of(dataset) == "imagenet" else {}) | PROTOCOLS[protocol]
     for name, there in (("train_images", known.train_images), ("test_images", known.test_images)):
         if values.get(name, 0) > there:
             del values[name]

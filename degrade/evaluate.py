@@ -10,7 +10,7 @@ from degrade.data.imagenet import Stream
 from degrade.data.images import Images
 from degrade.data.plan import normalise
 from degrade.engine.group import ALONE, Group
-from degrade.engine.process import autocast
+from degrade.engine.process import autocast, send
 
 BATCH_SIZES = {"cpu": 128, "cuda": 1000}  # activations of 128 images stay in a CPU's cache; a GPU wants more
 SMALLEST = {"cpu": 32, "cuda": 256}  # however large the images are
@@ -76,7 +76,7 @@ class Evaluation:
     def feed(self) -> None:
         """Put the images of the next batch where `step` finds them, if they are not there anyhow."""
         if self.images is not None:
-            self.images.copy_(next(self.coming), non_blocking=True)
+            send(next(self.coming), self.images)
 
     @torch.no_grad()
     def step(self) -> None:

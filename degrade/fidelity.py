@@ -176,8 +176,15 @@ def _choices(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def _choices_on_imagenet(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Of section 3.4."""
     known = dataset_of(values["dataset"])
-    measured = min(known.train_images, known.test_images)
+    trained = values["train_images"] or known.train_images - values["val_images"]
+    measured = min(trained, values["test_images"] or known.test_images)
+    bottlenecks = (
+        [("shortcuts of 50 layers and more", "B: projections where the shape changes", "A, as in the others")]
+        if values["shortcut"] == "A"
+        else []
+    )
     return [
+        *bottlenecks,
         (
             "learning rate divided by 10",
             "when the error plateaus; in Fig. 4 near steps 150,000 and 300,000",

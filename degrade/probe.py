@@ -29,7 +29,7 @@ from degrade.analysis.responses import responses
 from degrade.analysis.statistics import bn_rows, recalibrated
 from degrade.bench import median_seconds
 from degrade.config import INITS, PROBES, RunConfig, blocks_of
-from degrade.data import Splits, Stream, in_memory, stratified
+from degrade.data import Splits, Stream, stratified
 from degrade.data.images import Images
 from degrade.data.plan import Batch, SamplePlan, normalise
 from degrade.engine.process import set_precision
@@ -475,7 +475,8 @@ def records(part: Part, splits: Splits, skip: int) -> Iterator[dict[str, object]
 
 def gradient_rows(net: Trained, splits: Splits) -> Iterator[dict[str, object]]:
     """Norms on augmented batches, then correlations on the images as they are; all of the training images given."""
-    images = in_memory(splits.train)
+    images = splits.train
+    assert isinstance(images, Images)  # `records` has put them there
     x = normalise(images.images, net.mean).contiguous(memory_format=torch.channels_last)
     settled = in_eval_mode(net, splits)
     for rows in (

@@ -32,14 +32,15 @@ class Provenance:
         path: of its environment.json.
         device: where it is to be trained.
         threads, compiled: how, unless it has begun otherwise.
+        processes: that train it together.
 
     Raises:
         Failure: the file is damaged.
     """
 
-    def __init__(self, path: Path, device: str, threads: int, compiled: bool):
+    def __init__(self, path: Path, device: str, threads: int, compiled: bool, processes: int = 1):
         self.path = path
-        now = environment(device, threads, compiled)
+        now = environment(device, threads, compiled) | {"processes": processes}
         if not path.exists():
             write_file(path, store.to_json(now))
         self.recorded = store.read_json(path)

@@ -2,7 +2,6 @@
 
 import errno
 import gc
-import os
 import time
 import traceback
 from collections import deque
@@ -20,7 +19,7 @@ from degrade import commit, store
 from degrade.config import INITS, RunConfig
 from degrade.engine.compiled import why_not
 from degrade.engine.group import ALONE, Group
-from degrade.engine.process import prepare_process
+from degrade.engine.process import cores, prepare_process
 from degrade.errors import Failure
 from degrade.execute import Crowded, Event
 from degrade.execute.local import execute
@@ -149,15 +148,14 @@ def resolve_machine(
     if compiled not in ("auto", "on", "off"):
         raise ValueError(f"compile must be auto, on or off; got {compiled!r}")
     runs = max(len(configs), 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if jobs is None:
         gpus = torch.cuda.device_count() if device == "cuda" else 1
-        jobs = max(cores // (threads or 1), 1) if device == "cpu" else gpus
+        jobs = max(cores() // (threads or 1), 1) if device == "cpu" else gpus
     jobs = min(jobs, runs)
     if pack is None:
         pack = gpu_pack(device, configs) if torch.device(device).type == "cuda" else 1
     pack = min(pack, -(-runs // jobs))
-    machine = Machine(device, jobs, threads or max(cores // jobs, 1), pack, compiled)
+    machine = Machine(device, jobs, threads or max(cores() // jobs, 1), pack, compiled)
     note = ""
     if any(machine.compiles(config) for config in configs) and (reason := why_not(device)):
         if compiled == "on":
@@ -327,15 +325,17 @@ class Shared(NamedTuple):
 def follow(group: Group, device: str) -> None:
     """Train what the first process of the group trains, until it says that there is no more."""
     while shared := group.tell():
-        task = shared.task
-        gc.collect()
-        prepare_process(shared.threads, device)
-        splits = load_splits(task.config, task.data_dir, device)
-        training = Training(task.config, splits, device, compiled=shared.compiled, group=group)
-        if state := group.tell():
-            training.restore(state)
-        for _ in training:
-            pass
+        _follow(shared, group, device)  # whose net is gone when the next one is made
+
+
+def _follow(shared: Shared, group: Group, device: str) -> None:
+    gc.collect()
+    prepare_process(shared.threads, device)
+    splits = load_splits(shared.task.config, shared.task.data_dir, device)
+    training = Training(shared.task.config, splits, device, compiled=shared.compiled, group=group)
+    training.restore(group.tell())
+    for _ in training:
+        pass
 
 
 def _passing(error: BaseException | None) -> bool:
@@ -359,13 +359,13 @@ def _train_run(task: Task, device: str, lock: commit.Lock, group: Group) -> Iter
     if (folder / store.ERROR).exists() and not task.retry:
         raise Failure(f"it has failed in another sweep: {run.error}")
     _tidy(folder)
-    provenance = Provenance(folder / store.ENVIRONMENT, device, task.threads, task.compiled)
+    provenance = Provenance(folder / store.ENVIRONMENT, device, task.threads, task.compiled, group.size)
     prepare_process(provenance.threads, device)
     splits = load_splits(task.config, task.data_dir, device)
     group.tell(Shared(task, provenance.threads, provenance.compiled))
     training = Training(task.config, splits, device, compiled=provenance.compiled, group=group)
     notes = [note for note in (*_restore(training, run), provenance.resume(training.step)) if note]
-    group.tell(training.state() if group.size > 1 and training.step else None)
+    group.tell(training.state() if group.size > 1 else None)
     clock = Clock(folder / store.TIMING)
     last = training.epochs[-1] if training.epochs else None
     clock.start_up(training.step, last.epoch if last else 0)

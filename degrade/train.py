@@ -24,7 +24,7 @@ from degrade.data.images import Images
 from degrade.data.plan import Batch, SamplePlan, augment, normalise
 from degrade.engine.compiled import compile_modules
 from degrade.engine.group import ALONE, Group
-from degrade.engine.process import autocast, set_precision
+from degrade.engine.process import autocast, send, set_precision
 from degrade.engine.queue import make_queue
 from degrade.evaluate import Evaluation
 from degrade.log import Epoch, from_csv, to_csv
@@ -96,7 +96,8 @@ class Training:
         self.plan = SamplePlan(len(splits.train), config.batch_size, config.seed, config.augment)
         self.step = 0
         self.epochs: list[Epoch] = []
-        self.queue = make_queue(self.device, graphs=graphs and group.size == 1, compiled=compiled)
+        # DDP orders its sums anew after the first update, which is therefore one that leaves no trace.
+        self.queue = make_queue(self.device, graphs=graphs and group.size == 1, warm=compiled or group.size > 1)
         with self.queue.on():
             self._build(compiled)
         self._update = self.queue.capture(self._one_update, self._changed())
@@ -230,16 +231,16 @@ class Training:
         batch = next(self.coming)
         with self.queue.on():
             for here, value in zip((self.images, self.labels, self.colors), batch, strict=True):
-                here.copy_(value.pin_memory() if self.device.type == "cuda" else value, non_blocking=True)
+                send(value, here)
 
     def _fill_tables(self) -> None:
         """Put the choices and learning rates of the next updates where these find them."""
         self.filled = self.step + len(self.lrs)
-        batches = self.plan.batches(self.step, self.filled)
-        lrs = torch.tensor([self.config.lr_at(step) for step in range(self.step, self.filled)])
-        for table, values in ((self.lrs, lrs), *zip(vars(self.choices).values(), vars(batches).values(), strict=True)):
-            values = values.pin_memory() if self.device.type == "cuda" else values
-            table.copy_(values, non_blocking=True)
+        send(torch.tensor([self.config.lr_at(step) for step in range(self.step, self.filled)]), self.lrs)
+        if isinstance(self.splits.train, Images):
+            batches = self.plan.batches(self.step, self.filled)
+            for table, values in zip(vars(self.choices).values(), vars(batches).values(), strict=True):
+                send(values, table)
         self.row.zero_()
 
     def evaluate(self) -> Iterator[None]:

@@ -270,6 +270,12 @@ def test_a_configuration_from_before_a_field_means_the_same():
     assert RunConfig.from_dict(values) == smoke_of("cifar10")
 
 
+def test_the_short_protocol_on_imagenet_is_the_beginning_of_the_paper_s():
+    fields = protocol_fields("short", {}, "imagenet:mini:5000+5000:10:64:0123456789ab")
+    assert (fields["width"], fields["batch_size"], fields["warmup_steps"]) == (64, 256, 0)
+    assert (fields["steps"], fields["milestones"]) == (2_000, (1_000, 1_500))
+
+
 def test_a_protocol_takes_all_images_where_there_are_fewer_than_it_wants():
     assert "train_images" not in protocol_fields("demo", {}, FLOWERS)
     assert "test_images" not in protocol_fields("demo", {}, FLOWERS)

@@ -101,6 +101,8 @@ def test_a_file_of_settings_may_name_the_folder_and_the_size(cli, flowers, tmp_p
         (("sweep", "--dataset", "imagenet:flowers"), 2, "depth must be one of 18, 34, 50, 101, 152 on ImageNet; got 8"),
         (("sweep", "--dataset", "imagnet"), 2, "dataset must be one of cifar10"),
         (("data", "fetch", "cifar11"), 2, "did you mean cifar10?"),
+        (("data", "fetch", "imagenet:flowers", "--skip-broken"), 2, "--skip-broken is for folder:PATH"),
+        (("data", "fetch", "shapes", "--mirror", "file:///x"), 2, "--mirror is for what is downloaded; shapes is not"),
         (("data", "fetch"), 2, "Missing argument 'NAME"),
         (("data", "pack", "nowhere", "store"), 2, "nowhere is not a folder"),
     ],
@@ -124,3 +126,23 @@ def test_pack_and_train(cli, flowers, tmp_path):
     assert f"--dataset imagenet:{tmp_path / 'store'}" in result.stdout.replace("\n", " ")
     result = cli("data", "check", f"imagenet:{tmp_path / 'store'}", "--data-dir", tmp_path)
     assert result.stdout.endswith("flowers: sound\n")
+
+
+def test_two_that_pack_into_one_store(cli, flowers, tmp_path):
+    from degrade.commit import hold, make_folder
+
+    make_folder(tmp_path / "store")
+    with hold(tmp_path / "store" / ".lock"):
+        result = cli("data", "pack", flowers, tmp_path / "store")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "held by process" in result.stderr
+
+
+def test_a_remembered_folder_that_has_gone_does_not_hide_the_others(cli, flowers, tmp_path):
+    where = ("--data-dir", tmp_path / "data")
+    cli("data", "fetch", f"imagenet:{flowers}", *where)
+    flowers.rename(tmp_path / "gone")
+    result = cli("data", "list", *where)
+    assert result.exit_code == 0
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("imagenet:"))
+    assert " no " in line

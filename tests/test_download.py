@@ -144,6 +144,23 @@ def test_what_has_arrived_is_kept_where_no_connection_brings_more(server, path, 
     assert part(path).read_bytes() == FILE[:5]
 
 
+def test_a_server_that_brings_nothing_new_is_given_up(server, path, monkeypatch):
+    """It cannot go on in the middle, and breaks off now here, now there."""
+    monkeypatch.setattr(room.time, "sleep", lambda _: None)
+    server.resumes = False
+    lengths = iter([500_000, 600_000] * 500)
+    real = room._append
+
+    def append(*arguments):
+        server.most = next(lengths)
+        real(*arguments)
+
+    monkeypatch.setattr(room, "_append", append)
+    with pytest.raises(Failure, match="the connection broke off"):
+        download([server.url], path, MD5, LIMIT)
+    assert len(server.asked) <= 3 * room.PATIENCE
+
+
 def test_a_file_that_is_too_large_is_not_taken(server, path):
     with pytest.raises(Failure, match="too large, 1,048,576 bytes"):
         download([server.url], path, MD5, 1_000_000)

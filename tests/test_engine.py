@@ -120,7 +120,7 @@ class TestGraphs:
     def test_which_queue(self):
         assert type(make_queue(torch.device("cpu"))) is Queue
         assert type(make_queue(torch.device("mps"))) is Queue
-        assert type(make_queue(torch.device("cpu"), compiled=True)) is WarmQueue
+        assert type(make_queue(torch.device("cpu"), warm=True)) is WarmQueue
         assert type(make_queue(torch.device("cuda"), graphs=False)) is Queue
 
 

@@ -129,3 +129,10 @@ def test_images_of_one_s_own_and_another_schedule_are_departures():
     }
     assert said["data set"] == "mini, crops of 64 pixels"
     assert said["steps"] == "100"
+
+
+def test_what_is_measured_on_imagenet_is_said_as_it_is():
+    said = {departure.field: departure.here for departure in on_imagenet(test_images=1_000)}
+    assert said["training error"].startswith("of 1,000 training images")
+    assert said["shortcuts of 50 layers and more"].startswith("A")
+    assert "shortcuts of 50 layers and more" not in {departure.field for departure in on_imagenet(shortcut="B")}

@@ -153,6 +153,10 @@ class TestBroken:
             (broken / name).unlink()
         assert prepare(broken, cache).dataset == prepared.dataset
 
+    def test_a_narrow_image_takes_no_more_memory_than_its_middle(self, tmp_path):
+        put(tmp_path, "narrow.png", Image.new("RGB", (1, 60_000), (1, 2, 3)))
+        assert folder.read_image(tmp_path / "narrow.png", 512).shape == (3, 512, 512)
+
     def test_all_of_them(self, images, cache):
         for path in images.rglob("*.png"):
             path.write_bytes(b"")
@@ -209,6 +213,15 @@ class TestLayout:
     def test_folders_within_a_class_belong_to_it(self, images, cache):
         put(images, "train/rose/more/7.png")
         assert ":7+4:" in prepare(images, cache).dataset
+
+    def test_links_that_go_round_and_links_to_nowhere(self, images, cache):
+        first = prepare(images, cache)
+        (images / "train" / "rose" / "again").symlink_to(".")
+        (images / "train" / "rose" / "up").symlink_to("..", target_is_directory=True)
+        (images / "train" / "rose" / "gone.png").symlink_to("nowhere.png")
+        prepared = prepare(images, cache)
+        assert "1 links to nowhere" in prepared.notes[-1]
+        assert prepared.dataset == first.dataset
 
     @pytest.mark.parametrize("split", ["train", "test"])
     def test_a_split_without_images(self, split, images, cache):

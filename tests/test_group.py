@@ -1,7 +1,7 @@
 """Two processes that train each run together, started by torchrun, on a CPU."""
 
+import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import smoke
 
+from degrade import commit
 from degrade.bench import on_noise
 from degrade.engine.group import ALONE, Group
 from degrade.train import check_shares
@@ -58,31 +59,62 @@ def test_two_processes_give_the_result_of_one(tmp_path, data_dir):
     assert (code, "2 runs, 0 to train" in out) == (0, True)
 
 
-def test_killed_at_once_and_begun_again_it_ends_with_the_same_bytes(tmp_path, data_dir):
-    shares = ("--bn-batch-size", "16", "--blocks", "residual", "--steps", "400", "--milestones", "200,300")
-    assert run(tmp_path, data_dir, *shares, "--out", "whole", together=True)[0] == 0
-    process = subprocess.Popen(
-        **command(tmp_path, data_dir, *shares, "--out", "killed", together=True),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not (started := list((tmp_path / "killed").glob("*/*/environment.json"))) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert started
-    time.sleep(1.5)
-    process.send_signal(signal.SIGKILL)  # torchrun itself: its processes must not outlive it
-    process.wait()
-    lock = next((tmp_path / "killed").glob("*/*/lock"))
-    from degrade import commit
+PROGRAM = """
+import sys
+from pathlib import Path
+from degrade import sweep as engine
+from degrade.config import PROTOCOLS, RunConfig
+from degrade.engine.group import join
+from degrade.store import Study
 
+out, data = map(Path, sys.argv[1:])
+group, device = join("cpu")
+if group.rank:
+    engine.follow(group, device)
+else:
+    fields = PROTOCOLS["smoke"] | {"dataset": "shapes", "width": 16, "batch_size": 24, "bn_batch_size": 4, "steps": 100}
+    config = RunConfig(block="residual", depth=8, seed=0, **fields)
+    study = Study(out, out.name, "smoke", config.shared())
+    runs = engine.find_runs(study, [config])
+    machine = engine.Machine("cpu", 1, 1)
+    for run, event in engine.sweep(study, runs, machine, data, commit_seconds=0.0, group=group):
+        assert event.kind != "failed", event
+    group.tell(None)
+group.leave()
+"""
+
+
+def test_killed_and_begun_again_three_processes_end_with_the_same_bytes(tmp_path, data_dir):
+    """Three, since sums of two numbers do not depend on their order. It is torchrun itself that is killed."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    start = [sys.executable, *TORCHRUN[:3], "3", *TORCHRUN[4:], "--rdzv-endpoint", "localhost:0", "program.py"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    where = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
+
+    def checkpoints(out):
+        return sorted(path.name for path in (tmp_path / out).glob("*/checkpoints/*.pt"))
+
+    def newest(out):
+        return max([int(name.partition("-")[0]) for name in checkpoints(out)], default=0)
+
+    assert subprocess.run([*start, "whole", str(data_dir)], timeout=240, **quiet, **where).returncode == 0
+    with subprocess.Popen([*start, "killed", str(data_dir)], **quiet, **where) as process:
+        deadline = time.monotonic() + 120
+        while newest("killed") < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+    (lock,) = (tmp_path / "killed").glob("*/lock")
     deadline = time.monotonic() + 10
     while commit.holder(lock) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not commit.holder(lock)
-    assert run(tmp_path, data_dir, *shares, "--out", "killed", together=True)[0] == 0
-    (whole,), (killed,) = logs(tmp_path / "whole").values(), logs(tmp_path / "killed").values()
-    assert whole.read_bytes() == killed.read_bytes()
+        time.sleep(0.05)
+    assert not commit.holder(lock), "its processes have outlived it"
+    assert 3 <= newest("killed") < 100
+    assert subprocess.run([*start, "killed", str(data_dir)], timeout=240, **quiet, **where).returncode == 0
+    logs = [[path.read_bytes() for path in (tmp_path / out).glob("*/log.csv")] for out in ("whole", "killed")]
+    assert logs[0] == logs[1]
+    assert checkpoints("whole") == checkpoints("killed")  # their names hold the hashes of the weights
+    (environment,) = (tmp_path / "whole").glob("*/environment.json")
+    assert json.loads(environment.read_text())["processes"] == 3
 
 
 def test_a_batch_that_cannot_be_shared_out_is_told(tmp_path, data_dir):

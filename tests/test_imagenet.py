@@ -376,6 +376,16 @@ class TestTenCrops:
         assert torch.equal(pixels[5:], pixels[:5].flip(3))
         assert height >= side
 
+    def test_each_image_is_decoded_once_for_its_ten_crops(self, dataset, cache, monkeypatch):
+        from degrade.analysis.crops import ten_crop
+
+        _, test = imagenet.load(dataset, cache)
+        read, numbers = imagenet.Files.read, []
+        monkeypatch.setattr(imagenet.Files, "read", lambda self, n: (numbers.append(n), read(self, n))[1])
+        run = training(dataset, cache)
+        list(ten_crop(run.net.eval(), test, run.splits.mean))
+        assert sorted(numbers) == list(range(15))
+
     def test_predictions_are_averaged(self, dataset, cache):
         from degrade.analysis.crops import ten_crop
         from degrade.evaluate import evaluate

@@ -3,6 +3,7 @@
 Source: Krizhevsky et al. 2012, section 4.1, whom He et al. 2015 follow in Table 2.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -40,9 +41,9 @@ def ten_crop(net: nn.Module, images: Stream, mean: Tensor) -> Iterator[dict[str,
     for part, (pixels, _, _) in zip(parts, images.batches(asked), strict=True):
         y = images.labels[part].to(mean.device)
         x = normalise(pixels.to(mean.device), mean).contiguous(memory_format=torch.channels_last)
-        chances = F.softmax(net(x).float(), dim=1).view(len(part), 10, -1)
-        for crops, predicted in ((1, chances[:, 0]), (10, chances.mean(1))):
-            loss[crops] += F.nll_loss(predicted.log(), y, reduction="sum").item()
+        chances = F.log_softmax(net(x).float(), dim=1).view(len(part), 10, -1)
+        for crops, predicted in ((1, chances[:, 0]), (10, chances.logsumexp(1) - math.log(10))):
+            loss[crops] += F.nll_loss(predicted, y, reduction="sum").item()
             wrong[crops] += int((predicted.argmax(1) != y).sum())
     for crops in (1, 10):
         yield {

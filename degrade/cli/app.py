@@ -273,6 +273,8 @@ def dataset_named(
     if kind == "folder":
         size = 32 if image_size is None else image_size
         prepared = folder.prepare(root, where, image_size=size, skip_broken=skip_broken, write=write)
+    elif skip_broken:
+        raise ValueError("--skip-broken is for folder:PATH and for degrade data pack; imagenet:PATH is read as it is")
     else:
         prepared = imagenet.prepare(root, where, image_size=224 if image_size is None else image_size, write=write)
     say(f"Data set {prepared.dataset}")

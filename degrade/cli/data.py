@@ -16,7 +16,9 @@ data_app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 
-Names = Annotated[list[str], typer.Argument(metavar="NAME", help="Of degrade data list, or folder:PATH, your own.")]
+Names = Annotated[
+    list[str], typer.Argument(metavar="NAME", help="Of degrade data list; folder:PATH, your own; imagenet:PATH.")
+]
 
 
 @data_app.command("list", cls=Plain)
@@ -73,6 +75,8 @@ def fetch(
     for text in dict.fromkeys(datasets):
         name = dataset_named(text, folder, image_size if ":" in text else None, skip_broken=skip_broken)
         dataset_of(name)
+        if mirror and name not in data.OFFICIAL:
+            raise ValueError(f"--mirror is for what is downloaded; {short_name(name)} is not")
         data.fetch(name, folder, mirror)
         say(f"{short_name(name)}: {data.state(name, folder)}, in {folder}")
 
@@ -122,15 +126,15 @@ def check(
 def pack(
     images: Annotated[Path, argument("IMAGES", "The folder that holds train/<class>/* and val/<class>/*.")],
     store: Annotated[Path, argument("STORE", "A new folder, on a fast disk.")],
-    short_side: Annotated[int, option("N", "Resize the shorter side to that, where it is longer; 0: never.")] = 256,
+    short_side: Annotated[int, option("N", "Resize the shorter side to that, where it is longer; 0: never.")] = 480,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out what cannot be decoded.")] = False,
 ) -> None:
     """Decode the images of a large folder once, into a store that keeps a GPU busy. Then: --dataset imagenet:STORE.
 
-    ImageNet takes about 340 GB with a shorter side of 256.
+    ImageNet takes some 750 GB as it is, and 340 GB with a shorter side of 256, from which large crops are enlarged.
 
     \b
-    Example: degrade data pack /data/imagenet /fast/imagenet-256
+    Example: degrade data pack /data/imagenet /fast/imagenet
     """
     from degrade.data import imagenet
 

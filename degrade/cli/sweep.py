@@ -1,7 +1,6 @@
 """`degrade sweep`"""
 
 import math
-import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -108,12 +107,16 @@ def sweep(
     spec: Annotated[
         Path | None, argument("TOML", "A file with depths, blocks, ... and fields, as in experiments/; flags win.")
     ] = None,
-    depths: Annotated[str | None, numbers_of("Layers of the nets, 6n+2: 20,32,44,56,110.", DEPTHS)] = None,
+    depths: Annotated[
+        str | None, numbers_of("Layers of the nets, 6n+2: 20,32,44,56,110; ImageNet 18,34.", DEPTHS)
+    ] = None,
     blocks: Annotated[str | None, list_of(BLOCKS, f"{', '.join(BLOCKS)}.", show_default="plain,residual")] = None,
     seeds: Annotated[str | None, numbers_of("A net of each: 0,1,2.", show_default="0")] = None,
     dataset: Annotated[
         str | None,
-        one_of(DATASET_KINDS, "One of degrade data list, or folder:PATH, your own.", show_default="cifar10"),
+        one_of(
+            DATASET_KINDS, "One of degrade data list; folder:PATH, your own; imagenet:PATH.", show_default="cifar10"
+        ),
     ] = None,
     protocol: Annotated[
         str | None,
@@ -195,9 +198,9 @@ def sweep(
         group, device = join(engine.resolve_device(device))
         if group.rank:
             engine.follow(group, device)
+            group.leave()
             return
-        jobs, pack, beside = "1", "1", int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        threads = str(max((os.cpu_count() or 1) // beside, 1)) if threads == "auto" else threads
+        jobs, pack = "1", "1"
     flags = {
         "depths": numbers(depths, "--depths"),
         "blocks": names(blocks, "--blocks"),
@@ -273,6 +276,7 @@ def sweep(
         _train([plan for plan in plans if plan.todo], data_dir, seconds, kept, group)
     if group:
         group.tell(None)  # that there is no more
+        group.leave()
     if dry_run:
         return
     _print_results([plan._replace(runs=engine.find_runs(plan.study, plan.configs)) for plan in plans], out)

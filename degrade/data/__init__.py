@@ -76,10 +76,13 @@ def stratified(labels: Tensor, count: int, seed: int) -> Tensor:
     if count > len(labels):
         raise ValueError(f"{count:,} images were asked for, {len(labels):,} are there")
     shuffled = np.argsort(random_words(seed, SPLIT, 0, len(labels)), kind="stable")
+    seen = labels.numpy()[shuffled]
+    order = np.argsort(seen, kind="stable")  # class by class, each in its shuffled order
+    sizes = np.bincount(seen)
+    starts = np.cumsum(sizes) - sizes
+    of = seen[order]
     place = np.empty(len(labels))
-    for label in np.unique(labels.numpy()):
-        mine = shuffled[labels.numpy()[shuffled] == label]
-        place[mine] = (np.arange(len(mine)) + 0.5) / len(mine)
+    place[shuffled[order]] = (np.arange(len(labels)) - starts[of] + 0.5) / sizes[of]
     chosen = np.argsort(place, kind="stable")[:count]
     return torch.from_numpy(np.sort(chosen))
 
@@ -163,8 +166,10 @@ def fetch(dataset: str, data_dir: Path | None = None, mirror: str | None = None)
         OFFICIAL[dataset].fetch(data_dir, mirror)
     elif dataset == "shapes":
         shapes.fetch(data_dir)
+    elif family_of(dataset) == "imagenet":
+        imagenet.place(dataset, data_dir)
     else:
-        _load_all(dataset, data_dir)
+        folder.load(dataset, data_dir)
 
 
 def check(dataset: str, data_dir: Path) -> None:
@@ -189,9 +194,9 @@ def state(dataset: str, data_dir: Path) -> str:
         return "no"
     try:
         if family_of(dataset) == "imagenet":  # which it would take an hour to check
-            imagenet.load(dataset, data_dir)
+            imagenet.place(dataset, data_dir)
         else:
             check(dataset, data_dir)
-    except Failure:
+    except (Failure, OSError):
         return "damaged" if dataset in OFFICIAL or folder.cache(dataset, data_dir).exists() else "no"
     return "yes"

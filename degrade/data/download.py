@@ -65,7 +65,7 @@ def _fetch_whole(url: str, part: Path, md5: str, limit: int) -> None:
     """
     if urlsplit(url).scheme not in ("http", "https", "file"):
         raise Failure("an address must begin with http://, https:// or file://")
-    left = PATIENCE
+    left, furthest = PATIENCE, _size(part)
     while True:
         start = _size(part)
         try:
@@ -78,7 +78,8 @@ def _fetch_whole(url: str, part: Path, md5: str, limit: int) -> None:
         except (OSError, HTTPException) as error:
             if _of_the_disk(error):
                 raise
-            left = PATIENCE if _size(part) > start else left - 1
+            left = PATIENCE if _size(part) > furthest else left - 1
+            furthest = max(furthest, _size(part))
             if not left or not _size(part):  # or nothing has ever come
                 raise
             time.sleep(0.2)

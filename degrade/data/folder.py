@@ -14,10 +14,10 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,12 +28,16 @@ from tqdm import tqdm
 
 from degrade.commit import hold, make_folder, write_file
 from degrade.config import FOLDER, short_name
+from degrade.engine.process import cores
 from degrade.errors import Failure
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 SIZES = (8, 512)  # pixels, from the smallest that three stages can halve to more than memory likes
 LIMIT = 64 << 30  # bytes of decoded images
 VERSION = 1  # of how they are decoded
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Prepared(NamedTuple):
@@ -83,7 +87,7 @@ def prepare(
     if not SIZES[0] <= image_size <= SIZES[1]:
         raise ValueError(f"image_size must be from {SIZES[0]} to {SIZES[1]} pixels; got {image_size}")
     listing = list_images(path)
-    name = re.sub(r"[^a-z0-9._-]+", "-", path.resolve().name.lower())[:40].strip("-") or "images"
+    name = name_of(path)
     record = data_dir / f"folder-{name}-{_state(path, listing, image_size, skip_broken)}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(record.read_text())
@@ -92,9 +96,8 @@ def prepare(
             return prepared
     splits, broken = _decode(path, listing, image_size)
     if broken and not skip_broken:
-        first = "; ".join([*broken[:3], *(["..."] if len(broken) > 3 else [])])
         raise Failure(
-            f"{_count(len(broken), 'file')} cannot be decoded: {first}. "
+            f"{_count(len(broken), 'file')} cannot be decoded: {first_few(broken)}. "
             "Replace or delete them, or leave them out with --skip-broken"
         )
     notes = [*listing.notes, *([f"left out, broken: {'; '.join(broken)}"] if broken else []), *_imbalance(listing)]
@@ -200,22 +203,34 @@ def list_images(path: Path) -> Listing:
 
 def _classes(split: Path, others: Counter[str]) -> Iterator[tuple[str, list[Path]]]:
     """The images of each class; `others` counts what else lies there, by its kind."""
-    for folder in sorted(split.iterdir()):
-        if folder.name.startswith(".") or not folder.is_dir():
-            if not folder.name.startswith("."):
-                others[folder.suffix or "without a suffix"] += 1
+    for entry in sorted(os.scandir(split), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
             continue
-        files = []
-        for at, _, names in os.walk(folder, followlinks=True):
-            for name in names:
-                suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
-                if name.startswith("."):
-                    continue
-                if suffix in IMG_EXTENSIONS:
-                    files.append(Path(at, name))
-                else:
-                    others[suffix or "without a suffix"] += 1
-        yield folder.name, files
+        if entry.is_dir():
+            yield entry.name, list(_images(entry, others, (split.stat().st_ino,)))
+        else:
+            others[_kind(entry)] += 1
+
+
+def _images(folder: os.DirEntry[str], others: Counter[str], above: tuple[int, ...]) -> Iterator[Path]:
+    """The images in a folder and those below it; links that lead back up are not followed."""
+    here = (*above, folder.stat().st_ino)
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            if entry.stat().st_ino not in here:
+                yield from _images(entry, others, here)
+        elif entry.is_file() and _kind(entry) in IMG_EXTENSIONS:
+            yield Path(entry.path)
+        else:
+            others[_kind(entry)] += 1
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    if entry.is_symlink() and not entry.is_file():
+        return "links to nowhere"
+    return os.path.splitext(entry.name)[1].lower() or "without a suffix"  # noqa: PTH122
 
 
 def _ordered(files: dict[str, list[Path]], classes: Sequence[str]) -> list[File]:
@@ -239,6 +254,25 @@ def _state(path: Path, listing: Listing, image_size: int, skip_broken: bool) -> 
     return digest.hexdigest()[:12]
 
 
+def in_parallel(function: Callable[[T], R], items: Sequence[T], what: str) -> Iterator[R]:
+    """What `function` gives for each item, in order, by a thread a core, with a progress bar."""
+    with ThreadPoolExecutor(cores()) as pool, tqdm(desc=what, total=len(items)) as bar:
+        for start in range(0, len(items), 1024):  # so that not all of them wait in memory
+            for result in pool.map(function, items[start : start + 1024]):
+                bar.update()
+                yield result
+
+
+def first_few(broken: Sequence[str]) -> str:
+    """The first of what is wrong, so that a message stays a line."""
+    return "; ".join([*broken[:3], *(["..."] if len(broken) > 3 else [])])
+
+
+def name_of(path: Path) -> str:
+    """What a folder is called in the name of its data set."""
+    return re.sub(r"[^a-z0-9._-]+", "-", path.resolve().name.lower())[:40].strip("-") or "images"
+
+
 def _decode(path: Path, listing: Listing, size: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[str]]:
     """Images (N, 3, S, S) and labels (N,) of both splits; and what is wrong with each file that is broken."""
     files = [*listing.train, *listing.test]
@@ -257,9 +291,8 @@ def _decode(path: Path, listing: Listing, size: int) -> tuple[list[tuple[np.ndar
             reason = " ".join(str(error).replace(str(files[place].path), "it").split()) or type(error).__name__
             problems[place] = f"{files[place].path.relative_to(path)} ({reason[:100]})"
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(desc=f"decoding {path.name}", total=len(files)) as bar:
-        for _ in pool.map(decode, range(len(files))):
-            bar.update()
+    for _ in in_parallel(decode, range(len(files)), f"decoding {path.name}"):
+        pass
     splits = []
     for start, split in ((0, listing.train), (len(listing.train), listing.test)):
         sound = [place for place in range(start, start + len(split)) if place not in problems]
@@ -277,10 +310,9 @@ def read_image(path: Path, size: int) -> np.ndarray:
     width, height = image.size
     if (width, height) != (size, size):
         short = min(width, height)
-        scaled = (max(round(width * size / short), size), max(round(height * size / short), size))
-        image = image.resize(scaled, Image.Resampling.BICUBIC)
-        left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
-        image = image.crop((left, top, left + size, top + size))
+        left, top = (width - short) / 2, (height - short) / 2
+        box = (left, top, left + short, top + short)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -309,11 +341,14 @@ def _digest(arrays: dict[str, np.ndarray]) -> str:
 def _keep(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write the cache whole or not at all; it may be larger than what memory has left."""
     partial = path.with_name(f"{path.name}.part")
-    with partial.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _count(number: int, thing: str) -> str:

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -25,19 +24,19 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from degrade.commit import hold, make_folder, write_file
+from degrade.commit import Held, hold, make_folder, write_file
 from degrade.config import FOLDER, short_name
-from degrade.data.folder import File, Listing, Prepared, list_images, rgb
+from degrade.data.folder import File, Listing, Prepared, first_few, in_parallel, list_images, name_of, rgb
 from degrade.data.images import Images
 from degrade.data.plan import AUGMENT, SamplePlan, random_words
+from degrade.engine.process import cores
 from degrade.errors import Failure
 
 SHORTEST, LONGEST, TEST = 256 / 224, 480 / 224, 256 / 224  # sides that images are resized to, in sides of the crop
 SIZES = (32, 512)
 AHEAD = 3  # batches that are read before they are needed
-CHUNK = 8  # images a thread reads at a time
+CHUNK = 10  # crops a thread makes at a time: those of one image, where there are ten
 WORDS = 8  # random numbers an image
 
 # Principal components of the RGB values of ImageNet, as fb.resnet.torch has them; Krizhevsky et al. 2012, section 4.1.
@@ -64,9 +63,12 @@ class Files:
         try:
             return rgb(path)
         except Exception as error:  # Pillow meets malformed bytes with almost any
+            if isinstance(error, OSError) and error.errno:  # the disk or the network, not the image
+                raise
+            reason = " ".join(str(error).split())[:100]
             raise Failure(
-                f"{path} cannot be decoded ({' '.join(str(error).split())[:100]}); replace or delete it, "
-                "or leave it out with degrade data pack --skip-broken"
+                f"{path} cannot be decoded ({reason}). Before a run begins, replace or delete "
+                "it, or leave it out with degrade data pack --skip-broken; a run that has begun needs it restored"
             ) from None
 
 
@@ -167,7 +169,7 @@ class Stream:
         Raises:
             Failure: an image is broken.
         """
-        pool = ThreadPoolExecutor(readers(), "reader")
+        pool = ThreadPoolExecutor(cores(), "reader")
         ahead: deque[tuple[list[Future[None]], np.ndarray, np.ndarray, View]] = deque()
 
         def finished() -> tuple[Tensor, np.ndarray, View]:
@@ -190,9 +192,12 @@ class Stream:
             pool.shutdown(cancel_futures=True)
 
     def _fill(self, images: np.ndarray, index: np.ndarray, view: View) -> None:
+        last = None
         for row, number in enumerate(self.which[index]):
             side, y, x, flip, _ = (choice[row] for choice in view)
-            images[row] = crop(self.reader.read(int(number)), self.size, float(side), float(y), float(x), bool(flip))
+            if number != last:
+                whole, last = self.reader.read(int(number)), number
+            images[row] = crop(whole, self.size, float(side), float(y), float(x), bool(flip))
 
     def training_batches(self, plan: SamplePlan, start: int, stop: int, rows: slice) -> Iterator[tuple[Tensor, ...]]:
         """Of updates `start` to `stop`, not included: uint8 (b, 3, S, S), labels (b,) and colour shifts (b, 3).
@@ -232,11 +237,6 @@ class Stream:
         return self
 
 
-def readers() -> int:
-    """Threads that read images: one a core."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def prepare(path: Path, data_dir: Path, *, image_size: int = 224, write: bool = True) -> Prepared:
     """List the images of a folder, or of a store, and remember where it is.
 
@@ -257,13 +257,14 @@ def prepare(path: Path, data_dir: Path, *, image_size: int = 224, write: bool = 
         name, counts, classes, digest, notes = about.name, about.counts, len(about.classes), about.hash, []
     else:
         listing = list_images(path)
-        name, classes, notes = _name(path), len(listing.classes), listing.notes
+        name, classes, notes = name_of(path), len(listing.classes), listing.notes
         counts, digest = (len(listing.train), len(listing.test)), _listing_hash(path, listing)
     dataset = f"imagenet:{name}:{counts[0]}+{counts[1]}:{classes}:{image_size}:{digest}"
     if write:
         make_folder(data_dir)
         record = {"dataset": dataset, "path": str(path.resolve())}
-        write_file(_record(dataset, data_dir), json.dumps(record).encode())
+        with hold(data_dir / ".lock", wait=True):
+            write_file(_record(dataset, data_dir), json.dumps(record).encode())
     return Prepared(dataset, tuple(notes))
 
 
@@ -276,19 +277,29 @@ def known(data_dir: Path) -> list[str]:
     return sorted(filter(FOLDER.fullmatch, names))
 
 
+def place(dataset: str, data_dir: Path) -> Path:
+    """Where a data set is; what is in it is compared with its name by `load` alone.
+
+    Raises:
+        Failure: it is not known, or not there any more.
+    """
+    try:
+        path = Path(json.loads(_record(dataset, data_dir).read_text())["path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise Failure(_advice(dataset, f"are not known in {data_dir}")) from None
+    if not path.is_dir():
+        raise Failure(_advice(dataset, f"are not in {path} any more"))
+    return path
+
+
 def load(dataset: str, data_dir: Path) -> tuple[Stream, Stream]:
     """Training and test images, which stay where they are.
 
     Raises:
         Failure: they are not where they were, or not what they were.
     """
-    match = FOLDER.fullmatch(dataset)
-    assert match is not None  # its configuration has been checked
-    try:
-        path = Path(json.loads(_record(dataset, data_dir).read_text())["path"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise Failure(_advice(dataset, f"are not known in {data_dir}")) from None
-    size = int(match[5])
+    path = place(dataset, data_dir)
+    size, known_hash = int(dataset.split(":")[-2]), dataset.rpartition(":")[2]
     if (path / INDEX).is_file():
         about = _read_index(path)
         streams, digest = [_open_store(path, split, size) for split in SPLITS], about.hash
@@ -301,17 +312,13 @@ def load(dataset: str, data_dir: Path) -> tuple[Stream, Stream]:
             [_open_files(files, size) for files in (listing.train, listing.test)],
             _listing_hash(path, listing),
         )
-    if digest != match[6]:
+    if digest != known_hash:
         raise Failure(_advice(dataset, f"in {path} are others by now"))
     return streams[0], streams[1]
 
 
 def _open_files(files: list[File], size: int) -> Stream:
     return Stream(Files(files), np.arange(len(files)), torch.tensor([file.label for file in files]), size)
-
-
-def _name(path: Path) -> str:
-    return re.sub(r"[^a-z0-9._-]+", "-", path.resolve().name.lower())[:40].strip("-") or "images"
 
 
 def _record(dataset: str, data_dir: Path) -> Path:
@@ -352,7 +359,7 @@ class Index(NamedTuple):
     hash: str
 
 
-def pack(path: Path, store: Path, *, short_side: int = 256, skip_broken: bool = False) -> tuple[Index, list[str]]:
+def pack(path: Path, store: Path, *, short_side: int = 480, skip_broken: bool = False) -> tuple[Index, list[str]]:
     """Decode the images of a folder once: all pixels of a split in one file, which is mapped into memory later.
 
     Args:
@@ -376,19 +383,20 @@ def pack(path: Path, store: Path, *, short_side: int = 256, skip_broken: bool = 
     listing = list_images(path)
     make_folder(store)
     notes, checksums, counts = list(listing.notes), {}, []
-    with hold(store / ".lock"):
+    if 0 < short_side < 480:
+        notes.append(f"crops of 224 pixels are cut from sides of up to 480, to which {short_side} are enlarged")
+    with _alone(store):
         for split, files in zip(SPLITS, (listing.train, listing.test), strict=True):
             broken = _pack_split(store, split, files, short_side)
             if broken and not skip_broken:
-                first = "; ".join([*broken[:3], *(["..."] if len(broken) > 3 else [])])
-                raise Failure(f"{len(broken)} files of {split}: {first}. --skip-broken leaves them out")
+                raise Failure(f"{len(broken)} files of {split}: {first_few(broken)}. --skip-broken leaves them out")
             notes += [f"left out, broken: {line}" for line in broken]
             counts.append(len(files) - len(broken))
             for kind in ("bin", "npz"):
                 checksums[f"{split}.{kind}"] = _sha256(store / f"{split}.{kind}")
         about = {
             "format": FORMAT,
-            "name": _name(path),
+            "name": name_of(path),
             "counts": counts,
             "classes": listing.classes,
             "short_side": short_side,
@@ -396,6 +404,19 @@ def pack(path: Path, store: Path, *, short_side: int = 256, skip_broken: bool = 
         }
         write_file(store / INDEX, json.dumps(about, indent=1).encode())
     return _read_index(store), notes
+
+
+@contextlib.contextmanager
+def _alone(store: Path) -> Iterator[None]:
+    """
+    Raises:
+        Failure: another process packs images into this store.
+    """
+    try:
+        with hold(store / ".lock"):
+            yield
+    except Held as error:
+        raise Failure(f"{store}: {error}") from None
 
 
 def _pack_split(store: Path, split: str, files: list[File], short_side: int) -> list[str]:
@@ -416,21 +437,14 @@ def _pack_split(store: Path, split: str, files: list[File], short_side: int) -> 
         except Exception as error:
             return f"{file.path} ({' '.join(str(error).split())[:100]})"
 
-    with (
-        (store / f"{split}.bin").open("wb") as out,
-        ThreadPoolExecutor(readers()) as pool,
-        tqdm(desc=f"packing {split}", total=len(files)) as bar,
-    ):
-        for start in range(0, len(files), 1024):  # so that not all of them wait in memory
-            part = files[start : start + 1024]
-            for file, pixels in zip(part, pool.map(decode, part), strict=True):
-                if isinstance(pixels, str):
-                    broken.append(pixels)
-                else:
-                    out.write(np.ascontiguousarray(pixels).data)
-                    shapes.append(pixels.shape[:2])
-                    labels.append(file.label)
-                bar.update()
+    with (store / f"{split}.bin").open("wb") as out:
+        for file, pixels in zip(files, in_parallel(decode, files, f"packing {split}"), strict=True):
+            if isinstance(pixels, str):
+                broken.append(pixels)
+            else:
+                out.write(np.ascontiguousarray(pixels).data)
+                shapes.append(pixels.shape[:2])
+                labels.append(file.label)
         out.flush()
         os.fsync(out.fileno())
     with (store / f"{split}.npz").open("wb") as table:
@@ -454,7 +468,7 @@ def _read_index(store: Path) -> Index:
         digest = hashlib.sha256(text).hexdigest()[:12]
         sums = {str(name): str(value) for name, value in about["sha256"].items()}
         return Index(
-            _name(Path(str(about["name"]))),
+            name_of(Path(str(about["name"]))),
             (int(train), int(test)),
             list(map(str, about["classes"])),
             int(about["short_side"]),
@@ -485,7 +499,7 @@ def check(dataset: str, data_dir: Path) -> None:
         Failure: its images are not where they were, or are damaged.
     """
     load(dataset, data_dir)
-    check_folder(Path(json.loads(_record(dataset, data_dir).read_text())["path"]))
+    check_folder(place(dataset, data_dir))
 
 
 def check_folder(path: Path) -> None:
@@ -502,9 +516,20 @@ def check_folder(path: Path) -> None:
         return
     listing = list_images(path)
     files = [*listing.train, *listing.test]
-    with ThreadPoolExecutor(readers()) as pool:
-        for _ in tqdm(pool.map(Files(files).read, range(len(files))), desc="decoding", total=len(files)):
-            pass
+    reader = Files(files)
+
+    def problem(number: int) -> str:
+        try:
+            reader.read(number)
+        except (Failure, OSError) as error:
+            return str(error).partition(". Before")[0]
+        return ""
+
+    if broken := list(filter(None, in_parallel(problem, range(len(files)), f"decoding {path.name}"))):
+        raise Failure(
+            f"{len(broken)} of {len(files)} images: {first_few(broken)}. Replace or delete them, or leave them out "
+            "with degrade data pack --skip-broken"
+        )
 
 
 def _sha256(path: Path) -> str:

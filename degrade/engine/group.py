@@ -58,6 +58,12 @@ class Group(NamedTuple):
         dist.broadcast_object_list(messages, device=torch.device("cpu"))
         return messages[0]
 
+    def leave(self) -> None:
+        """Part, when there is no more to train."""
+        if self.size > 1:
+            dist.barrier()  # or the first would be gone before the others have heard all it says
+            dist.destroy_process_group()
+
 
 ALONE = Group()
 
@@ -74,7 +80,10 @@ def join(device: str) -> tuple[Group, str]:
     if device not in ("cpu", "cuda"):
         raise ValueError(f"with torchrun, device must be auto, cpu or cuda; got {device!r}")
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        number = int(os.environ.get("LOCAL_RANK", "0"))
+        if number >= torch.cuda.device_count():
+            raise ValueError(f"torchrun has started more processes than there are GPUs, {torch.cuda.device_count()}")
+        device = f"cuda:{number}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()

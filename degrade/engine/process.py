@@ -4,6 +4,7 @@ import ctypes
 import os
 
 import torch
+from torch import Tensor
 
 # Many runs on one GPU need a hardware queue each. CUDA reads it once, when it starts.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -49,3 +50,14 @@ def set_precision(precision: str) -> None:
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """bf16: convolutions and the linear layer take bf16 copies of fp32 weights. Otherwise it does nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+
+
+def send(values: Tensor, there: Tensor) -> None:
+    """Copy a tensor on the CPU to where a graph finds it; the CPU does not wait for that."""
+    there.copy_(values.pin_memory() if there.device.type == "cuda" else values, non_blocking=True)
+
+
+def cores() -> int:
+    """CPU cores that this process may use, shared with those that torchrun has started beside it."""
+    every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(every // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)

@@ -100,11 +100,14 @@ class GraphQueue(Queue):
         return event
 
 
-def make_queue(device: torch.device, *, graphs: bool = True, compiled: bool = False) -> Queue:
-    """The fastest queue for the device: graphs on CUDA unless they are not wanted; at once elsewhere."""
+def make_queue(device: torch.device, *, graphs: bool = True, warm: bool = False) -> Queue:
+    """The fastest queue for the device: graphs on CUDA unless they are not wanted; at once elsewhere.
+
+    `warm`: functions are called once beforehand, since their first call is unlike the others.
+    """
     if device.type == "cuda" and graphs:
         return GraphQueue(device)
-    return WarmQueue() if compiled else Queue()
+    return WarmQueue() if warm else Queue()
 
 
 @contextlib.contextmanager
