@@ -91,16 +91,16 @@ def prepare(
     record = data_dir / f"folder-{name}-{_state(path, listing, image_size, skip_broken)}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(record.read_text())
-        prepared = Prepared(str(known["dataset"]), tuple(map(str, known["notes"])))
-        if FOLDER.fullmatch(prepared.dataset) and cache(prepared.dataset, data_dir).is_file():
-            return prepared
+        dataset, notes = str(known["dataset"]), [str(line) for line in known["notes"]]
+        if FOLDER.fullmatch(dataset) and cache(dataset, data_dir).is_file():
+            return Prepared(dataset, (*listing.notes, *notes))
     splits, broken = _decode(path, listing, image_size)
     if broken and not skip_broken:
         raise Failure(
             f"{_count(len(broken), 'file')} cannot be decoded: {first_few(broken)}. "
             "Replace or delete them, or leave them out with --skip-broken"
         )
-    notes = [*listing.notes, *([f"left out, broken: {'; '.join(broken)}"] if broken else []), *_imbalance(listing)]
+    notes = [f"left out, broken: {'; '.join(broken)}"] if broken else []
     arrays = {
         "train_images": splits[0][0],
         "train_labels": splits[0][1],
@@ -109,13 +109,13 @@ def prepare(
         "classes": np.array(listing.classes, dtype=np.str_),
     }
     counts = f"{len(splits[0][1])}+{len(splits[1][1])}:{len(listing.classes)}:{image_size}"
-    prepared = Prepared(f"folder:{name}:{counts}:{_digest(arrays)}", tuple(notes))
+    dataset = f"folder:{name}:{counts}:{_digest(arrays)}"
     if write:
         make_folder(data_dir)
         with hold(data_dir / ".lock", wait=True):
-            _keep(cache(prepared.dataset, data_dir), arrays)
-            write_file(record, json.dumps(prepared._asdict(), indent=1).encode())
-    return prepared
+            _keep(cache(dataset, data_dir), arrays)
+            write_file(record, json.dumps({"dataset": dataset, "notes": notes}, indent=1).encode())
+    return Prepared(dataset, (*listing.notes, *notes))
 
 
 def cache(dataset: str, data_dir: Path) -> Path:
@@ -198,6 +198,10 @@ def list_images(path: Path) -> Listing:
     splits = [_ordered(files, classes) for files in (found["train"], tested)]
     if not splits[1]:
         raise ValueError(f"{path / tests[0]} holds no image of a class that is in train; {layout}")
+    counts = Counter(file.label for file in splits[0])
+    low, high = min(counts.values()), max(counts.values())
+    if high > 1.5 * low:
+        notes.append(f"from {low:,} to {high:,} training images a class")
     return Listing(classes, splits[0], splits[1], notes)
 
 
@@ -236,12 +240,6 @@ def _kind(entry: os.DirEntry[str]) -> str:
 def _ordered(files: dict[str, list[Path]], classes: Sequence[str]) -> list[File]:
     every = [File(path, label) for label, name in enumerate(classes) for path in files.get(name, ())]
     return sorted(every, key=lambda file: (file.path.name, file.label, str(file.path)))
-
-
-def _imbalance(listing: Listing) -> list[str]:
-    counts = Counter(file.label for file in listing.train)
-    low, high = min(counts.values()), max(counts.values())
-    return [f"from {low:,} to {high:,} training images a class"] if high > 1.5 * low else []
 
 
 def _state(path: Path, listing: Listing, image_size: int, skip_broken: bool) -> str:
