@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -111,14 +110,18 @@ class TestSweep:
         assert "study mine was run with another protocol: lr 0.02 there, 0.5 here" in result.stderr
         assert "--study NAME" in result.stderr
 
-    def test_a_run_under_way_elsewhere_is_waited_for_and_taken_over(self, cli, tmp_path, data_dir):
+    def test_a_run_under_way_elsewhere_is_waited_for_and_taken_over(self, cli, tmp_path, data_dir, monkeypatch):
         """Its process ends before the run does."""
+        from degrade import sweep as engine
+
         run = write_run(tmp_path / "shapes-smoke", smoke(), [])
+        waited_for, wait = threading.Event(), engine._Elsewhere.wait
+        monkeypatch.setattr(engine._Elsewhere, "wait", lambda self: (waited_for.set(), wait(self))[1])
 
         def hold(held):
             with commit.hold(run.folder / store.LOCK):
                 held.set()
-                time.sleep(8)
+                waited_for.wait(120)
 
         held = threading.Event()
         other = threading.Thread(target=hold, args=(held,))
@@ -271,7 +274,7 @@ class TestBadInput:
             (["--depths", "20", "--blocks", "dense"], "block must be one of plain, residual, preact; got 'dense'"),
             (["--depths", "20", "--blocks", " "], "--blocks must be separated by commas"),
             (["--depths", "20", "--seeds", "-1"], "seed must be from 0 to 4294967295; got -1"),
-            (["--depths", "20", "--dataset", "imagenet"], "dataset must be one of cifar10, shapes; got 'imagenet'"),
+            (["--depths", "20", "--dataset", "imagenet"], "mnist, shapes; got 'imagenet'"),
             (["--depths", "20", "--protocol", "fast"], "protocol must be one of paper, short, demo, smoke; got 'fast'"),
             (["--depths", "20", "--lr", "nan"], "lr must be a finite number of at least 0; got nan"),
             (["--depths", "20", "--jobs", "0"], "jobs must be from 1 to 1024; got 0"),
@@ -560,7 +563,7 @@ class TestCompletion:
             ("sweep --proto", "--protocol"),
             ("sweep --protocol ", "paper short demo smoke"),
             ("sweep --protocol s", "short smoke"),
-            ("sweep --dataset ", "cifar10 shapes"),
+            ("sweep --dataset ", "cifar10 cifar100 svhn fashion-mnist mnist shapes folder: imagenet:"),
             ("sweep --blocks plain,", "plain,residual plain,preact"),
             ("sweep --blocks plain,r", "plain,residual"),
             ("sweep --depths 20,5", "20,56"),
