@@ -111,7 +111,7 @@ def estimate(configs: Sequence[RunConfig], machine: Machine) -> dict[str, float]
     ends = [replace(first, depth=depth) for depth in TIMED[first.family]]
     work = [training_flops(config) / config.steps / config.batch_size for config in ends]
     batch_size = min(first.bn_batch_size or first.batch_size, max(MAX_TIMED // first.width, 1))
-    if device == "cpu":
+    if device == "cpu" and first.family == "imagenet":
         batch_size = min(batch_size, max(int(MAX_FLOPS / work[0]), 1))
     scale = first.batch_size / batch_size
     short, long = (

@@ -24,7 +24,9 @@ RESULTS = ROOT / "results"
 COMMANDS = ROOT / "docs" / "commands.md"
 PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").glob("*.md")) - {COMMANDS})]
 PLACE = re.compile(r"<!-- ([a-z0-9-]+): written by make tables -->.*?<!-- /\1 -->", re.DOTALL)
-ORDER = ("cifar10-paper", "cifar10-short", "cifar10-demo", "shapes-demo")  # what says most goes first
+ORDER = (
+    *("cifar10-paper", "cifar10-short", "cifar10-demo", "cifar10-grey-demo", "cifar10-half-demo", "shapes-demo"),
+)  # what says most goes first
 NOT_YET = "not measured yet"
 
 

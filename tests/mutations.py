@@ -434,8 +434,8 @@ MUTATIONS = [
         "16",
         "older studies are not filled in",
         "degrade/store.py",
-        '{"block": "plain", "depth": 20, "seed": 0} | values["shared"]).shared()',
-        '{"block": "plain", "depth": 20, "seed": 0} | values["shared"]).shared() and values["shared"]',
+        '{"block": "plain", "depth": depth, "seed": 0} | values["shared"]).shared()',
+        '{"block": "plain", "depth": depth, "seed": 0} | values["shared"]).shared() and values["shared"]',
         f"{DAMAGE}::TestOlderResults",
     ),
     Mutation(

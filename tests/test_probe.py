@@ -429,7 +429,11 @@ def test_a_dry_run_writes_nothing(study, cli, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [
-        (["--probes", "lesions"], 2, "--probes must be of responses, gradients, lesion, landscape, bn; got 'lesions'"),
+        (
+            ["--probes", "lesions"],
+            2,
+            "--probes must be of responses, gradients, lesion, landscape, bn, ten-crop; got 'lesions'",
+        ),
         (["--probes", "bn,,lesion"], 2, "--probes must be separated by commas"),
         (["--at-init", "--probes", "lesion"], 2, "lesion needs trained nets"),
         (["--budget", "10"], 2, "--budget must be like 90s, 10m or 2h; got '10'"),
