@@ -33,12 +33,35 @@ def make_shortcut(option: str, in_channels: int, out_channels: int, stride: int)
     return nn.Identity() if same_shape else PadShortcut(in_channels, out_channels, stride)
 
 
-class TwoLayers(nn.Module):
-    """Two 3x3 convolutions, each followed by BN: a block of the plain net, or of the residual net with a shortcut.
+class PostActivation(nn.Module):
+    """A block of convolutions that BN and ReLU follow: of the plain net, or of the residual net with a shortcut.
 
     The ReLU that follows a block is done by the next one, on its way in (by the net, after the last). That is
     the same net, and faster block by block: a compiled block that ended in a ReLU would store its derivative.
     """
+
+    residual: bool
+    shortcut: nn.Module  # registered last, as data comes to it
+
+    def layers(self, x: Tensor) -> Tensor:
+        """The block's convolutions with their BNs, and the ReLUs between them."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x)
+        out = self.layers(x)
+        if self.residual:
+            out = out + self.shortcut(x)
+        return out
+
+    def without_layers(self, x: Tensor) -> Tensor:
+        """What is left when its layers are deleted: the shortcut; in a plain net that of option A."""
+        out: Tensor = self.shortcut(F.relu(x))
+        return out
+
+
+class TwoLayers(PostActivation):
+    """Two 3x3 convolutions. Source: Fig. 5, left."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: str | None):
         super().__init__()
@@ -49,26 +72,16 @@ class TwoLayers(nn.Module):
         self.residual = shortcut is not None
         self.shortcut = make_shortcut(shortcut or "A", in_channels, out_channels, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(x)
-        out: Tensor = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        if self.residual:
-            out = out + self.shortcut(x)
-        return out
-
-    def without_layers(self, x: Tensor) -> Tensor:
-        """What is left when its two layers are deleted: the shortcut; in a plain net that of option A."""
-        out: Tensor = self.shortcut(F.relu(x))
+    def layers(self, x: Tensor) -> Tensor:
+        out: Tensor = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return out
 
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions, each followed by BN; the first narrows to a quarter, the last widens again.
+class Bottleneck(PostActivation):
+    """1x1, 3x3 and 1x1 convolutions: the first narrows to a quarter of the block's channels, the last widens again.
 
     The stride is the 3x3 convolution's, as in torchvision and fb.resnet.torch; the authors' own nets have it in the
-    first 1x1 convolution. The ReLU that follows the block is done by the next one, as `TwoLayers` has it.
-    Source: Fig. 5, right, and Table 1.
+    first 1x1 convolution. Source: Fig. 5, right, and Table 1.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: str | None):
@@ -83,19 +96,11 @@ class Bottleneck(nn.Module):
         self.residual = shortcut is not None
         self.shortcut = make_shortcut(shortcut or "A", in_channels, out_channels, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(x)
-        out: Tensor = F.relu(self.bn1(self.conv1(x)))
+    def layers(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        if self.residual:
-            out = out + self.shortcut(x)
-        return out
-
-    def without_layers(self, x: Tensor) -> Tensor:
-        """What is left when its three layers are deleted: the shortcut; in a plain net that of option A."""
-        out: Tensor = self.shortcut(F.relu(x))
-        return out
+        widened: Tensor = self.bn3(self.conv3(out))
+        return widened
 
 
 class PreActivation(nn.Module):

@@ -127,6 +127,8 @@ def unpickled(monkeypatch):
     for name in ("load", "loads"):
         real = getattr(pickle, name)
         monkeypatch.setattr(pickle, name, lambda *a, real=real, **k: (calls.append(a), real(*a, **k))[1])
+    load = official._Arrays.load
+    monkeypatch.setattr(official._Arrays, "load", lambda self: (calls.append(self), load(self))[1])
     return calls
 
 
@@ -258,6 +260,15 @@ class TestDamage:
         cifar10.fetch(folder)
         assert contents(folder) == GOOD
         assert unpickled == []
+        assert not (tmp_path / "canary").exists()
+
+    def test_an_evil_pickle_is_not_executed_even_with_the_official_checksum(self, tmp_path, monkeypatch):
+        evil = pickle.dumps({"data": Evil(tmp_path / "canary"), "labels": []})
+        folder = put(tmp_path, GOOD | {VICTIM: evil})
+        md5s = [[name, hashlib.md5(evil).hexdigest() if name == VICTIM else md5] for name, md5 in CIFAR10.train_list]
+        monkeypatch.setattr(CIFAR10, "train_list", md5s)
+        with pytest.raises(Failure, match=r"an official file holds no posix\.mkdir"):
+            cifar10.load(folder)
         assert not (tmp_path / "canary").exists()
 
     def test_the_evil_pickle_is_one(self, tmp_path):

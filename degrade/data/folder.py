@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -139,14 +138,12 @@ def load(dataset: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[Ten
         Failure: they are not in the cache, or not those that the name says.
     """
     path = cache(dataset, data_dir)
+    if not path.exists():
+        raise Failure(_advice(dataset, f"is not in {data_dir}"))
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("train_images", "train_labels", "test_images", "test_labels")}
-            arrays["classes"] = file["classes"]
-    except FileNotFoundError:
-        raise Failure(_advice(dataset, f"is not in {data_dir}")) from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise Failure(_advice(dataset, f"is damaged in {path} ({type(error).__name__})")) from None
+        arrays = read_arrays(path, ("train_images", "train_labels", "test_images", "test_labels", "classes"))
+    except ValueError as error:
+        raise Failure(_advice(dataset, f"is damaged in {path} ({error})")) from None
     if _digest(arrays) != dataset.rpartition(":")[2]:
         raise Failure(_advice(dataset, f"is damaged in {path}: its checksum is another"))
     train, test = (
@@ -154,6 +151,19 @@ def load(dataset: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[Ten
         for split in ("train", "test")
     )
     return train, test
+
+
+def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Arrays of an .npz file, which may be damaged; whether they are those that were written, a checksum tells.
+
+    Raises:
+        ValueError: they cannot be read, with the reason.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names}
+    except Exception as error:  # NumPy and zipfile meet malformed bytes with almost any
+        raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def _advice(dataset: str, what: str) -> str:

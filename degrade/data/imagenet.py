@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from degrade.commit import Held, hold, make_folder, write_file
 from degrade.config import FOLDER, short_name
-from degrade.data.folder import File, Listing, Prepared, first_few, in_parallel, list_images, name_of, rgb
+from degrade.data.folder import File, Listing, Prepared, first_few, in_parallel, list_images, name_of, read_arrays, rgb
 from degrade.data.images import Images
 from degrade.data.plan import AUGMENT, SamplePlan, random_words
 from degrade.engine.process import cores
@@ -481,13 +480,13 @@ def _read_index(store: Path) -> Index:
 
 def _open_store(store: Path, split: str, size: int) -> Stream:
     try:
-        with np.load(store / f"{split}.npz", allow_pickle=False) as table:
-            shapes, labels = table["shapes"].astype(np.int64), table["labels"]
+        table = read_arrays(store / f"{split}.npz", ("shapes", "labels"))
+        shapes, labels = table["shapes"].astype(np.int64), table["labels"]
         ends = np.cumsum(3 * shapes[:, 0] * shapes[:, 1])
         pixels = np.memmap(store / f"{split}.bin", np.uint8, mode="r")
         if len(shapes) != len(labels) or not len(labels) or len(pixels) != ends[-1]:
             raise ValueError("its files do not fit each other")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, IndexError) as error:
         raise Failure(f"{store} is damaged ({split}: {error}); pack the images again") from None
     reader = Store(pixels, np.concatenate([[0], ends[:-1]]), shapes)
     return Stream(reader, np.arange(len(labels)), torch.from_numpy(labels), size)

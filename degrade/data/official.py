@@ -27,6 +27,13 @@ from degrade.errors import Failure
 Labelled = tuple[Tensor, Tensor]  # uint8 images (N, 3, H, W) and int64 labels (N,)
 
 LIMIT = 256 << 20  # bytes read of any file, be it a bomb; the largest archive unpacks to 186 MB
+# What an array is made of in a pickle, by the names of NumPy 1 and 2.
+ARRAYS = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+}
 MEMBERS = 100  # looked at in an archive; the official ones have 9 at most
 
 
@@ -151,6 +158,15 @@ class Official(ABC):
         )
 
 
+class _Arrays(pickle.Unpickler):
+    """Unpickles arrays of NumPy's and plain values. The checksums were compared before; this trusts not even them."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in ARRAYS:
+            return super().find_class(module, name)
+        raise Failure(f"an official file holds no {module}.{name}: it is not unpickled")
+
+
 class Cifar(Official):
     """CIFAR-10 or CIFAR-100: pickles of NumPy arrays in a .tar.gz."""
 
@@ -201,7 +217,7 @@ class Cifar(Official):
         return self._unpickle(train), self._unpickle(test)
 
     def _unpickle(self, batches: list[bytes]) -> Labelled:
-        parts = [pickle.loads(batch, encoding="latin1") for batch in batches]  # noqa: S301  _read has checked them
+        parts = [_Arrays(io.BytesIO(batch), encoding="latin1").load() for batch in batches]
         images = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32)
         return torch.from_numpy(images), torch.tensor([label for part in parts for label in part[self.labels]])
 
