@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from degrade.data import imagenet, shapes
-from degrade.data.imagenet import crop, random_view
+from degrade.data import imagenet, pack, shapes, stream
 from degrade.data.plan import SamplePlan
+from degrade.data.stream import crop, random_view
 
 CLASSES, BATCH, TURNS = 10, 64, 3
 
@@ -44,14 +44,14 @@ def milliseconds(function: Callable[[int], object], count: int) -> float:
     return 1000 * (time.perf_counter() - start) / count
 
 
-def images_per_second(stream: imagenet.Stream, threads: int) -> float:
-    plan = SamplePlan(len(stream), BATCH, 0, "scale-color")
-    before, imagenet.cores = imagenet.cores, lambda: threads
-    steps = max(len(stream) // BATCH, 8)
+def images_per_second(images: stream.Stream, threads: int) -> float:
+    plan = SamplePlan(len(images), BATCH, 0, "scale-color")
+    before, stream.cores = stream.cores, lambda: threads
+    steps = max(len(images) // BATCH, 8)
     start = time.perf_counter()
-    for _ in stream.training_batches(plan, 0, steps, slice(None)):
+    for _ in images.training_batches(plan, 0, steps, slice(None)):
         pass
-    imagenet.cores = before
+    stream.cores = before
     return steps * BATCH / (time.perf_counter() - start)
 
 
@@ -61,7 +61,7 @@ def main() -> None:
         root = Path(folder)
         size = make(root / "images", each)
         start = time.perf_counter()
-        imagenet.pack(root / "images", root / "store", short_side=256)
+        pack.pack(root / "images", root / "store", short_side=256)
         packed = time.perf_counter() - start
         streams = {}
         for name in ("images", "store"):
@@ -79,12 +79,12 @@ def main() -> None:
         print(f"decode a JPEG: {milliseconds(streams['images'].reader.read, min(count, 400)):.2f} ms")
         print(f"out of the store: {milliseconds(streams['store'].reader.read, min(count, 400)):.3f} ms")
         print(f"scale, crop and mirror: {milliseconds(cut, min(count, 400)):.2f} ms")
-        cores = imagenet.cores()
-        for name, stream in streams.items():
+        cores = stream.cores()
+        for name, images in streams.items():
             found: dict[int, list[float]] = {1: [], cores: []}
             for _ in range(TURNS):
                 for threads in found:
-                    found[threads].append(images_per_second(stream, threads))
+                    found[threads].append(images_per_second(images, threads))
             for threads, speeds in found.items():
                 span = f"{min(speeds):.0f} to {max(speeds):.0f}"
                 print(f"{name}, threads {threads}: {statistics.median(speeds):.0f} images/s ({span})")

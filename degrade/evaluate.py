@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from degrade.data.imagenet import Stream
 from degrade.data.images import Images
 from degrade.data.plan import normalise
+from degrade.data.stream import Stream
 from degrade.engine.group import ALONE, Group
 from degrade.engine.process import autocast, send
 

@@ -1,7 +1,10 @@
+import contextlib
+import http.server
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +35,15 @@ def tally(promise: int, what: str, count: int = 1) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for (promise, what), count in sorted(TALLY.items()):
         terminalreporter.write_line(f"| {promise} | {count:,} {what} |")
+
+
+@contextlib.contextmanager
+def serving(httpd: http.server.HTTPServer) -> Iterator[str]:
+    """The address of a server on this machine, while it runs."""
+    with httpd:
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}/"
+        httpd.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,13 @@ import http.server
 import io
 import pickle
 import tarfile
-import threading
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import serving
 
 from degrade import data
 from degrade.data import shapes
@@ -229,12 +229,10 @@ class TestCifar10:
         with tarfile.open(archive, "w:gz") as tar:
             tar.add(folder, CIFAR10.folder)
         handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=archive.parent)
-        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-            threading.Thread(target=httpd.serve_forever, daemon=True).start()
-            monkeypatch.setattr(official, "url", f"http://127.0.0.1:{httpd.server_port}/{archive.name}")
+        with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)) as url:
+            monkeypatch.setattr(official, "url", f"{url}{archive.name}")
             monkeypatch.setattr(official, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
             yield archive
-            httpd.shutdown()
 
     def test_it_is_downloaded_once_with_a_progress_bar(self, server, tmp_path, capfd):
         data.fetch("cifar10", tmp_path / "data")

@@ -3,9 +3,9 @@
 import hashlib
 import http.server
 import re
-import threading
 
 import pytest
+from conftest import serving
 
 from degrade.data import download as room
 from degrade.data.download import download
@@ -55,10 +55,8 @@ class Server:
 @pytest.fixture(scope="module")
 def started():
     server = Server()
-    with server.httpd:
-        threading.Thread(target=server.httpd.serve_forever, args=(0.01,), daemon=True).start()
+    with serving(server.httpd):
         yield server
-        server.httpd.shutdown()
 
 
 @pytest.fixture

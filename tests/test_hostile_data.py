@@ -11,13 +11,12 @@ import random
 import signal
 import stat
 import tarfile
-import threading
 import time
 import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import tally
+from conftest import serving, tally
 from torchvision.datasets import CIFAR10
 
 from degrade.data import official
@@ -79,10 +78,8 @@ class Server:
 @pytest.fixture(scope="module")
 def httpd():
     server = Server()
-    with server.httpd:
-        threading.Thread(target=server.httpd.serve_forever, args=(0.01,), daemon=True).start()
+    with serving(server.httpd):
         yield server
-        server.httpd.shutdown()
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from torchvision.transforms import v2
 
 from degrade import data
 from degrade.config import RunConfig, dataset_of
-from degrade.data import imagenet
-from degrade.data.imagenet import crop, middle_view, random_view
+from degrade.data import imagenet, pack, stream
 from degrade.data.plan import SamplePlan
+from degrade.data.stream import crop, middle_view, random_view
 from degrade.errors import Failure
 from degrade.log import to_csv
 from degrade.train import Training
@@ -119,13 +119,13 @@ class TestViews:
             assert 0.99 < place.max() < 1
         assert abs(view.flip.mean() - 0.5) < 0.02
         # The colours' covariance is that of the components, a tenth of their standard deviations each.
-        vectors = imagenet.EIGENVECTORS
-        wanted = vectors @ np.diag((0.1 * imagenet.EIGENVALUES) ** 2) @ vectors.T
+        vectors = stream.EIGENVECTORS
+        wanted = vectors @ np.diag((0.1 * stream.EIGENVALUES) ** 2) @ vectors.T
         assert np.allclose(np.cov(view.color.T), wanted, atol=0.05 * wanted.max())
         assert np.abs(view.color.mean(0)).max() < 1e-3
 
     def test_the_components_are_orthonormal(self):
-        vectors = imagenet.EIGENVECTORS
+        vectors = stream.EIGENVECTORS
         assert np.allclose(vectors @ vectors.T, np.eye(3), atol=1e-3)
 
     @pytest.mark.parametrize(("height", "width", "most", "mean"), [(512, 512, 1, 0.1), (375, 500, 6, 1)])
@@ -213,7 +213,7 @@ class TestTraining:
             assert rows[-1] == epochs[-1]
 
     def test_a_store_of_whole_images_gives_the_log_of_the_files(self, dataset, cache, folder, tmp_path):
-        imagenet.pack(folder, tmp_path / "store", short_side=0)
+        pack.pack(folder, tmp_path / "store", short_side=0)
         packed = imagenet.prepare(tmp_path / "store", cache, image_size=SIZE).dataset
         assert packed.startswith("imagenet:mini:30+15:3:32:")
         assert packed != dataset
@@ -247,8 +247,8 @@ class TestTraining:
         with pytest.raises(Failure, match=r"n02_0\.JPEG"):
             imagenet.check_folder(copy)
         with pytest.raises(Failure, match=r"1 files of train: .*n02_0\.JPEG"):
-            imagenet.pack(copy, tmp_path / "store")
-        about, notes = imagenet.pack(copy, tmp_path / "store", skip_broken=True)
+            pack.pack(copy, tmp_path / "store")
+        about, notes = pack.pack(copy, tmp_path / "store", skip_broken=True)
         assert about.counts == (29, 15)
         assert "n02_0.JPEG" in notes[0]
 
@@ -256,7 +256,7 @@ class TestTraining:
 class TestStore:
     @pytest.fixture
     def store(self, folder, tmp_path):
-        imagenet.pack(folder, tmp_path / "store", short_side=36)
+        pack.pack(folder, tmp_path / "store", short_side=36)
         return tmp_path / "store"
 
     def test_the_shorter_side_is_as_asked_for(self, store):
@@ -287,12 +287,12 @@ class TestStore:
 
     def test_it_is_never_written_over(self, store, folder):
         with pytest.raises(ValueError, match="is there already"):
-            imagenet.pack(folder, store)
+            pack.pack(folder, store)
 
     def test_one_that_was_broken_off_is_begun_anew(self, store, folder):
         (store / "index.json").unlink()
         (store / "train.bin").write_bytes(b"half")
-        imagenet.pack(folder, store)
+        pack.pack(folder, store)
         imagenet.check_folder(store)
 
 
@@ -368,7 +368,7 @@ class TestTenCrops:
         _, test = imagenet.load(dataset, cache)
         ((pixels, _, _),) = test.batches([(np.full(10, 3), ten_views(1))])
         image = test.reader.read(3)
-        side = min(image.size) / imagenet.TEST
+        side = min(image.size) / stream.TEST
         width, height = image.size
         corner = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=(width - side, 0, width, side))
         assert torch.equal(pixels[0], test.take(torch.tensor([3])).images[0])
@@ -380,8 +380,8 @@ class TestTenCrops:
         from degrade.analysis.crops import ten_crop
 
         _, test = imagenet.load(dataset, cache)
-        read, numbers = imagenet.Files.read, []
-        monkeypatch.setattr(imagenet.Files, "read", lambda self, n: (numbers.append(n), read(self, n))[1])
+        read, numbers = stream.Files.read, []
+        monkeypatch.setattr(stream.Files, "read", lambda self, n: (numbers.append(n), read(self, n))[1])
         run = training(dataset, cache)
         list(ten_crop(run.net.eval(), test, run.splits.mean))
         assert sorted(numbers) == list(range(15))

@@ -8,10 +8,10 @@ import io
 import pickle
 import struct
 import tarfile
-import threading
 
 import numpy as np
 import pytest
+from conftest import serving
 from scipy.io import savemat
 from torchvision import datasets
 
@@ -84,10 +84,8 @@ def served(tmp_path_factory):
     }
     (folder / "cifar-100-python.tar.gz").write_bytes(archive(members))
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
-        yield folder, f"http://127.0.0.1:{httpd.server_port}/", members
-        httpd.shutdown()
+    with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)) as url:
+        yield folder, url, members
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from degrade.data import Stream
-from degrade.data.imagenet import TEST, View
 from degrade.data.plan import normalise
+from degrade.data.stream import TEST, View
 
 IMAGES = 16  # at a time, ten crops each
 PLACES = ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))  # the middle and the corners: y, x

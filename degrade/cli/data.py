@@ -46,7 +46,7 @@ def list_(data_dir: DataDir = None) -> None:
             about.licence if about else "MIT",
             about.source if about else "drawn by degrade",
         )
-    for name in [*data.folder.cached(folder), *data.imagenet.known(folder)]:
+    for name in [*data.folder.cached(folder), *data.known(folder, "imagenet")]:
         table.add_row(name, *_sizes(dataset_of(name)), "-", data.state(name, folder), "your own", "a folder of images")
     say(f"In {folder}:")
     say_table(table)
@@ -100,7 +100,7 @@ def check(
 
     folder = data_dir or data.default_data_dir()
     here = [name for name in DATASETS if data.state(name, folder) != "no"]
-    names = datasets or [*here, *data.folder.cached(folder), *data.imagenet.known(folder)]
+    names = datasets or [*here, *data.folder.cached(folder), *data.known(folder, "imagenet")]
     wrong = 0
     for text in dict.fromkeys(names):
         size = image_size if ":" in text and not FOLDER.fullmatch(text) else None
@@ -136,9 +136,9 @@ def pack(
     \b
     Example: degrade data pack /data/imagenet /fast/imagenet
     """
-    from degrade.data import imagenet
+    from degrade.data import pack as room
 
-    about, notes = imagenet.pack(images, store, short_side=short_side, skip_broken=skip_broken)
+    about, notes = room.pack(images, store, short_side=short_side, skip_broken=skip_broken)
     for line in notes:
         note(f"{images}: {line}")
     size = sum(path.stat().st_size for path in store.glob("*.bin")) / 1e9

@@ -270,7 +270,8 @@ def sweep(
         machine = machine_of(device, configs if todo else [], jobs, threads, pack, compiled)
         compiled = machine.compiled  # if that does not work here, it is said once
         plans.append(Plan(chosen, configs, runs, todo, machine))
-    seconds = _estimate(plans)
+    share = group.size if group else 1  # of each batch is this process's
+    seconds = {run: whole / share for run, whole in _estimate(plans).items()}
     _print_plans(plans, seconds)
     if not dry_run:
         _train([plan for plan in plans if plan.todo], data_dir, seconds, kept, group)

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from degrade.config import IMAGENET_MEAN, dataset_of, family_of
 from degrade.data import folder, imagenet, shapes
-from degrade.data.imagenet import Stream
 from degrade.data.images import Images
+from degrade.data.listing import known
 from degrade.data.official import CIFAR10, CIFAR100, FASHION_MNIST, MNIST, SVHN
 from degrade.data.plan import random_words
+from degrade.data.stream import Stream
 from degrade.errors import Failure
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "folder",
     "imagenet",
     "in_memory",
+    "known",
     "load",
     "pixel_mean",
     "state",

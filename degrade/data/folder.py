@@ -11,55 +11,22 @@ import contextlib
 import hashlib
 import json
 import os
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from tqdm import tqdm
 
 from degrade.commit import hold, make_folder, write_file
 from degrade.config import FOLDER, short_name
-from degrade.engine.process import cores
+from degrade.data.images import read_arrays
+from degrade.data.listing import Listing, Prepared, count, first_few, in_parallel, known, list_images, name_of, rgb
 from degrade.errors import Failure
 
-TEST_FOLDERS = ("test", "val", "valid", "validation")
 SIZES = (8, 512)  # pixels, from the smallest that three stages can halve to more than memory likes
 LIMIT = 64 << 30  # bytes of decoded images
 VERSION = 1  # of how they are decoded
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-class Prepared(NamedTuple):
-    """A folder of images under its full name, with what there is to say of it, a line each."""
-
-    dataset: str
-    notes: tuple[str, ...]
-
-
-class File(NamedTuple):
-    """One image."""
-
-    path: Path
-    label: int
-
-
-class Listing(NamedTuple):
-    """What lies in a folder: the images of each split, ordered by file name over all classes."""
-
-    classes: list[str]
-    train: list[File]
-    test: list[File]
-    notes: list[str]
 
 
 def prepare(
@@ -89,14 +56,14 @@ def prepare(
     name = name_of(path)
     record = data_dir / f"folder-{name}-{_state(path, listing, image_size, skip_broken)}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads(record.read_text())
-        dataset, notes = str(known["dataset"]), [str(line) for line in known["notes"]]
+        record_of = json.loads(record.read_text())
+        dataset, notes = str(record_of["dataset"]), [str(line) for line in record_of["notes"]]
         if FOLDER.fullmatch(dataset) and cache(dataset, data_dir).is_file():
             return Prepared(dataset, (*listing.notes, *notes))
     splits, broken = _decode(path, listing, image_size)
     if broken and not skip_broken:
         raise Failure(
-            f"{_count(len(broken), 'file')} cannot be decoded: {first_few(broken)}. "
+            f"{count(len(broken), 'file')} cannot be decoded: {first_few(broken)}. "
             "Replace or delete them, or leave them out with --skip-broken"
         )
     notes = [f"left out, broken: {'; '.join(broken)}"] if broken else []
@@ -124,11 +91,7 @@ def cache(dataset: str, data_dir: Path) -> Path:
 
 def cached(data_dir: Path) -> list[str]:
     """The full names of the folders whose decoded images are in the cache."""
-    names = set()
-    for record in data_dir.glob("folder-*.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            names.add(str(json.loads(record.read_text())["dataset"]))
-    return sorted(name for name in names if FOLDER.fullmatch(name) and cache(name, data_dir).is_file())
+    return [name for name in known(data_dir, "folder") if cache(name, data_dir).is_file()]
 
 
 def load(dataset: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -153,19 +116,6 @@ def load(dataset: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[Ten
     return train, test
 
 
-def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Arrays of an .npz file, which may be damaged; whether they are those that were written, a checksum tells.
-
-    Raises:
-        ValueError: they cannot be read, with the reason.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in names}
-    except Exception as error:  # NumPy and zipfile meet malformed bytes with almost any
-        raise ValueError(f"{type(error).__name__}: {error}") from None
-
-
 def _advice(dataset: str, what: str) -> str:
     match = FOLDER.fullmatch(dataset)
     size = match[5] if match else "32"
@@ -173,83 +123,6 @@ def _advice(dataset: str, what: str) -> str:
         f"the decoded images of {short_name(dataset)} {what}. Decode the folder again with "
         f"degrade data fetch folder:PATH --image-size {size}, or name the folder that holds them with --data-dir"
     )
-
-
-def list_images(path: Path) -> Listing:
-    """
-    Raises:
-        ValueError: it is not laid out as `train/<class>/*` and `test/<class>/*`.
-    """
-    layout = "images must lie in train/<class>/ and test/<class>/ (or val/<class>/)"
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder; {layout}")
-    tests = [name for name in TEST_FOLDERS if (path / name).is_dir()]
-    if not (path / "train").is_dir() or not tests:
-        lacking = "train" if tests else "test" if (path / "train").is_dir() else "train and test"
-        raise ValueError(f"{path} has no folder {lacking}; {layout}")
-    notes = [f"tested on {tests[0]}; {', '.join(tests[1:])} is not used"] if tests[1:] else []
-    found, others = {}, Counter[str]()
-    for split in ("train", tests[0]):
-        found[split] = dict(_classes(path / split, others))
-    classes = sorted(name for name, files in found["train"].items() if files)
-    if len(classes) < 2:
-        raise ValueError(f"{path / 'train'} must hold images of at least two classes; {layout}")
-    if empty := sorted(name for name, files in found["train"].items() if not files):
-        notes.append(f"classes without training images: {', '.join(empty)}")
-    tested = {name: files for name, files in found[tests[0]].items() if files}
-    if unknown := sorted(set(tested) - set(classes)):
-        left = sum(len(tested[name]) for name in unknown)
-        notes.append(f"left out, since no net can learn them: {_count(left, 'test image')} of {', '.join(unknown)}")
-    if untested := [name for name in classes if name not in tested]:
-        notes.append(f"classes without test images: {', '.join(untested)}")
-    if others:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
-        notes.append(f"passed over, as they are no images by their names: {kinds}")
-    splits = [_ordered(files, classes) for files in (found["train"], tested)]
-    if not splits[1]:
-        raise ValueError(f"{path / tests[0]} holds no image of a class that is in train; {layout}")
-    counts = Counter(file.label for file in splits[0])
-    low, high = min(counts.values()), max(counts.values())
-    if high > 1.5 * low:
-        notes.append(f"from {low:,} to {high:,} training images a class")
-    return Listing(classes, splits[0], splits[1], notes)
-
-
-def _classes(split: Path, others: Counter[str]) -> Iterator[tuple[str, list[Path]]]:
-    """The images of each class; `others` counts what else lies there, by its kind."""
-    for entry in sorted(os.scandir(split), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield entry.name, list(_images(entry, others, (split.stat().st_ino,)))
-        else:
-            others[_kind(entry)] += 1
-
-
-def _images(folder: os.DirEntry[str], others: Counter[str], above: tuple[int, ...]) -> Iterator[Path]:
-    """The images in a folder and those below it; links that lead back up are not followed."""
-    here = (*above, folder.stat().st_ino)
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            if entry.stat().st_ino not in here:
-                yield from _images(entry, others, here)
-        elif entry.is_file() and _kind(entry) in IMG_EXTENSIONS:
-            yield Path(entry.path)
-        else:
-            others[_kind(entry)] += 1
-
-
-def _kind(entry: os.DirEntry[str]) -> str:
-    if entry.is_symlink() and not entry.is_file():
-        return "links to nowhere"
-    return os.path.splitext(entry.name)[1].lower() or "without a suffix"  # noqa: PTH122
-
-
-def _ordered(files: dict[str, list[Path]], classes: Sequence[str]) -> list[File]:
-    every = [File(path, label) for label, name in enumerate(classes) for path in files.get(name, ())]
-    return sorted(every, key=lambda file: (file.path.name, file.label, str(file.path)))
 
 
 def _state(path: Path, listing: Listing, image_size: int, skip_broken: bool) -> str:
@@ -260,25 +133,6 @@ def _state(path: Path, listing: Listing, image_size: int, skip_broken: bool) -> 
         name = os.fsencode(file.path.relative_to(path))
         digest.update(b"%s\0%d\0%d\n" % (name, status.st_size, status.st_mtime_ns))
     return digest.hexdigest()[:12]
-
-
-def in_parallel(function: Callable[[T], R], items: Sequence[T], what: str) -> Iterator[R]:
-    """What `function` gives for each item, in order, by a thread a core, with a progress bar."""
-    with ThreadPoolExecutor(cores()) as pool, tqdm(desc=what, total=len(items)) as bar:
-        for start in range(0, len(items), 1024):  # so that not all of them wait in memory
-            for result in pool.map(function, items[start : start + 1024]):
-                bar.update()
-                yield result
-
-
-def first_few(broken: Sequence[str]) -> str:
-    """The first of what is wrong, so that a message stays a line."""
-    return "; ".join([*broken[:3], *(["..."] if len(broken) > 3 else [])])
-
-
-def name_of(path: Path) -> str:
-    """What a folder is called in the name of its data set."""
-    return re.sub(r"[^a-z0-9._-]+", "-", path.resolve().name.lower())[:40].strip("-") or "images"
 
 
 def _decode(path: Path, listing: Listing, size: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[str]]:
@@ -324,19 +178,6 @@ def read_image(path: Path, size: int) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def rgb(path: Path) -> Image.Image:
-    """An image file as RGB, upright, before white where it is transparent."""
-    with Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        elif image.mode.startswith("I"):  # 16 bits a pixel, of which convert would clip all above 255
-            image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-        return image.convert("RGB")
-
-
 def _digest(arrays: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name, array in arrays.items():
@@ -357,7 +198,3 @@ def _keep(path: Path, arrays: dict[str, np.ndarray]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
