@@ -28,17 +28,28 @@ def test_the_list_has_every_data_set_and_what_is_here(cli, flowers, tmp_path):
     where = ("--data-dir", tmp_path / "data")
     result = cli("data", "list", *where)
     assert result.exit_code == 0
-    lines = {line.split()[0]: line for line in result.stdout.splitlines()[2:]}
+    assert max(map(len, result.stdout.splitlines()[1:])) <= 80  # a terminal's, so that no row is broken
+    numbers, words, rest = result.stdout.partition("In ")[2].split("\n\n")
+    lines = {line.split()[0]: line for line in numbers.splitlines()[2:]}
     assert set(lines) == set(DATASETS)
-    assert all(" no " in lines[name] for name in set(DATASETS) - {"shapes"})
+    assert all(lines[name].endswith(" no") for name in set(DATASETS) - {"shapes"})
     assert "170.5 MB" in lines["cifar10"]
-    assert "non-commercial" in lines["svhn"]
+    assert "svhn           for non-commercial use only\n               http://ufldl.stanford.edu" in words
+    assert rest == ""
     assert not (tmp_path / "data").exists()
     assert cli("data", "fetch", f"folder:{flowers}", *where).exit_code == 0
     assert cli("data", "fetch", f"imagenet:{flowers}", "--image-size", "64", *where).exit_code == 0
     lines = cli("data", "list", *where).stdout.splitlines()
-    assert any(line.startswith("folder:flowers:40+20:2:32:") and " yes " in line for line in lines)
-    assert any(line.startswith("imagenet:flowers:40+20:2:64:") and " yes " in line for line in lines)
+    assert any(line.startswith("folder:flowers:40+20:2:32:") and line.endswith("  yes") for line in lines)
+    assert any(line.startswith("imagenet:flowers:40+20:2:64:") and line.endswith("  yes") for line in lines)
+
+
+def test_without_a_command_it_says_what_there_are(cli):
+    result = cli("data")
+    assert result.exit_code == 0
+    assert all(f"\n  {word} " in result.stdout for word in ("list", "fetch", "check", "pack"))
+    assert result.stdout == cli("data", "--help").stdout
+    assert result.stderr == ""
 
 
 def test_check_looks_at_what_is_here_or_at_what_is_named(cli, flowers, tmp_path):
@@ -145,4 +156,4 @@ def test_a_remembered_folder_that_has_gone_does_not_hide_the_others(cli, flowers
     result = cli("data", "list", *where)
     assert result.exit_code == 0
     (line,) = (line for line in result.stdout.splitlines() if line.startswith("imagenet:"))
-    assert " no " in line
+    assert line.endswith("  no")

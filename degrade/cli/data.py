@@ -11,10 +11,21 @@ from degrade.cli.options import DataDir, ImageSize, SkipBroken, argument, option
 from degrade.config import DATASETS, FOLDER, Dataset, dataset_of, short_name
 from degrade.errors import Failure
 
-data_app = typer.Typer(
-    help="Data sets: what there are, what of them is here, and how to get them.", no_args_is_help=True
-)
+data_app = typer.Typer(invoke_without_command=True)
 app.add_typer(data_app, name="data")
+
+
+@data_app.callback()
+def group(context: typer.Context) -> None:
+    """Data sets: what there are, what of them is here, and how to get them.
+
+    \b
+    Example: degrade data list
+    Example: degrade data fetch cifar10
+    """
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
 
 Names = Annotated[
     list[str], typer.Argument(metavar="NAME", help="Of degrade data list; folder:PATH, your own; imagenet:PATH.")
@@ -31,25 +42,30 @@ def list_(data_dir: DataDir = None) -> None:
     from degrade import data
 
     folder = data_dir or data.default_data_dir()
-    table = Table(box=None, pad_edge=False)
-    for heading in ("data set", "training", "test", "classes", "pixels", "download"):
-        table.add_column(heading, justify="left" if heading == "data set" else "right")
-    for heading in ("here", "licence", "source"):
-        table.add_column(heading)
+    numbers = _table("data set", ">training", ">test", ">classes", ">pixels", ">download", "here")
+    words = _table("data set", "licence, source")
     for name, known in DATASETS.items():
         about = data.OFFICIAL[name].about if name in data.OFFICIAL else None
-        table.add_row(
-            name,
-            *_sizes(known),
-            f"{about.megabytes:.1f} MB" if about else "-",
-            data.state(name, folder),
-            about.licence if about else "MIT",
-            about.source if about else "drawn by degrade",
-        )
+        size = f"{about.megabytes:.1f} MB" if about else "-"
+        numbers.add_row(name, *_sizes(known), size, data.state(name, folder))
+        words.add_row(name, about.licence if about else "MIT")
+        words.add_row("", about.source if about else "drawn by degrade")
+    own = _table("your own", "here")
     for name in [*data.folder.cached(folder), *data.known(folder, "imagenet")]:
-        table.add_row(name, *_sizes(dataset_of(name)), "-", data.state(name, folder), "your own", "a folder of images")
+        own.add_row(name, data.state(name, folder))
     say(f"In {folder}:")
-    say_table(table)
+    for table in (numbers, words, own):
+        if table.row_count:
+            say_table(table)
+            print()
+
+
+def _table(*headings: str) -> Table:
+    """Columns of text; `>` before a heading aligns its column to the right."""
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading.lstrip(">"), justify="right" if heading[0] == ">" else "left")
+    return table
 
 
 @data_app.command(cls=Plain)
