@@ -47,7 +47,7 @@ bench: $(READY)  ## The engine beside the public loop on this machine (needs DEG
 	$(BIN)/python benchmarks/compare.py
 
 soak: $(READY)  ## The tests of the promises, four times as often as in make test (tests/SOAK.md)
-	DEGRADE_SOAK=1 $(BIN)/python -m pytest -m promise
+	DEGRADE_SOAK=1 $(BIN)/python -m pytest -m promise -o faulthandler_timeout=0
 
 mutations: $(READY)  ## Break each promise in a copy of the code, and see its test fail
 	$(BIN)/python tests/mutations.py

@@ -35,6 +35,14 @@ def any_held(out):
     return [folder for folder in out.glob("*/*/") if commit.holder(folder / store.LOCK)]
 
 
+def trainers(out):
+    """The processes that train a run of `share`, each of which keeps it until there is a GATE.
+
+    Earlier, a lock may not name its holder yet, and `os.kill(0, …)` is for this process and all of its group.
+    """
+    return [commit.holder(folder / store.LOCK).pid for folder in out.glob("s/*/") if (out / folder.name).exists()]
+
+
 def wait_for(condition, seconds):
     """Whether it came true in time."""
     end = time.monotonic() + seconds
@@ -46,8 +54,14 @@ def wait_for(condition, seconds):
 # 8. Two sweeps on one folder train each run once; a frozen holder keeps its run, and the others say so.
 
 
+GATE = "go"
+
+
 def share(out, data_dir, pipe, silence):
-    """A sweep over GRID with slow updates, each of which leaves a byte in a file of its run's."""
+    """A sweep over GRID with slow updates, each of which leaves a byte in a file of its run's.
+
+    None goes beyond the fourth of six before the file GATE is there, so that whoever holds a run keeps it till then.
+    """
     commit.HEARTBEAT, sweep.SILENCE = 0.05, silence
     update = Training.update
 
@@ -56,6 +70,8 @@ def share(out, data_dir, pipe, silence):
         with open(out / self.config.run_id, "ab") as file:
             file.write(b".")
         time.sleep(0.03)
+        while self.step == 4 and not (out / GATE).exists():
+            time.sleep(0.01)
 
     Training.update = slow
     for run, event in run_sweep(out, GRID, data_dir, finished=True):
@@ -85,13 +101,11 @@ def test_eight_sweeps_on_one_folder(grid, data_dir, tmp_path, trouble):
             theirs.close()
         victim = None
         if trouble != "none":
-            assert wait_for(lambda out=out: any_held(out), 20)
+            assert wait_for(lambda out=out: trainers(out), 20)
             time.sleep(random.Random(round_).uniform(0, 0.3))
-            holders = []
-            while not holders:  # they come and go
-                holders = [h.pid for folder in any_held(out) if (h := commit.holder(folder / store.LOCK))]
-            victim = random.Random(round_).choice(holders)
+            victim = random.Random(round_).choice(trainers(out))
             os.kill(victim, signal.SIGKILL if trouble == "killed" else signal.SIGSTOP)
+        (out / GATE).touch()
         told = {process.pid: gather(pipe) for process, pipe in sweeps if process.pid != victim}
         kept = [folder.name for folder in any_held(out)]
         if trouble == "frozen":
