@@ -102,7 +102,7 @@ def _check_study(folder: Path, repair: bool) -> Checked:
             statuses["unreadable"] += 1
         else:
             statuses[there.status] += 1
-            alone += bool(there.epochs and not there.has_checkpoint)
+            alone += bool(there.last and not there.has_checkpoint)
     return Checked(folder, statuses, findings, alone)
 
 

@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, NamedTuple, Self
 
@@ -298,7 +298,8 @@ class RunConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Every field, as JSON knows it."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        values = ((name, getattr(self, name)) for name in TYPES)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -307,11 +308,10 @@ class RunConfig:
         Raises:
             ValueError: an unknown or missing field, or a value that breaks a rule.
         """
-        names = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - names):
-            near = did_you_mean(unknown[0], names)
-            raise ValueError(f"unknown field {', '.join(unknown)}; the fields are {', '.join(sorted(names))}{near}")
-        if missing := sorted({f.name for f in fields(cls) if f.default is MISSING} - set(values)):
+        if unknown := sorted(set(values) - set(TYPES)):
+            near = did_you_mean(unknown[0], TYPES)
+            raise ValueError(f"unknown field {', '.join(unknown)}; the fields are {', '.join(sorted(TYPES))}{near}")
+        if missing := sorted(set(SWEPT) - set(values)):
             raise ValueError(f"missing field {', '.join(missing)}")
         return cls(**values)
 

@@ -1,6 +1,10 @@
 """The log of a run: one `Epoch` a row, and its CSV form. Standard library only."""
 
+import contextlib
 import math
+import operator
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 VALIDATION = ("val_loss", "val_error")
@@ -38,11 +42,14 @@ class Epoch:
 
 
 COLUMNS = tuple(field.name for field in fields(Epoch))
+WITHOUT_VALIDATION = tuple(name for name in COLUMNS if name not in VALIDATION)
+INTEGERS = ("epoch", "step")
+Columns = dict[str, "array[int] | array[float]"]  # the numbers of a log by the name of their column, all of one length
 
 
 def to_csv(rows: list[Epoch], *, validation: bool) -> str:
     """The rows with a header; validation columns only where there is a validation split."""
-    columns = [c for c in COLUMNS if validation or c not in VALIDATION]
+    columns = COLUMNS if validation else WITHOUT_VALIDATION
     lines = [",".join(columns)]
     lines += [",".join(repr(getattr(row, column)) for column in columns) for row in rows]
     return "\n".join(lines) + "\n"
@@ -56,29 +63,74 @@ def from_csv(text: str, *, gaps: bool = False) -> list[Epoch]:
         gaps: epochs may be missing, and values be NaN, as in the log of an imported run.
 
     Raises:
-        ValueError: another program's header, a row that does not fit it, or epochs that are not 1, 2, 3, ...
+        ValueError: it is not `to_csv`'s: another header, a row that does not fit it, a number spelt in another way, or
+            epochs that are not 1, 2, 3, ...
     """
-    lines = [line.split(",") for line in text.splitlines()]
-    header = lines[0] if lines else []
-    if tuple(header) not in (COLUMNS, tuple(c for c in COLUMNS if c not in VALIDATION)):
-        raise ValueError(f"the header is not degrade's: {','.join(header)[:100]!r}")
-    if not text.endswith("\n"):
+    return to_rows(to_columns(text, gaps=gaps))
+
+
+def to_rows(columns: Columns) -> list[Epoch]:
+    return [Epoch(*row) for row in zip(*columns.values(), strict=True)]
+
+
+def to_columns(text: str, *, gaps: bool = False) -> Columns:
+    """As `from_csv`, in a quarter of its time and a tenth of its memory."""
+    if "\r" in text:
+        raise ValueError("there are carriage returns in it; git's core.autocrlf adds them")
+    lines = text.split("\n")
+    header = tuple(lines[0].split(","))
+    if header not in (COLUMNS, WITHOUT_VALIDATION):
+        raise ValueError(f"the header is not degrade's: {lines[0][:100]!r}")
+    if lines.pop():
         raise ValueError("the last row is cut off")
-    rows: list[Epoch] = []
-    for number, line in enumerate(lines[1:], start=1):
-        if len(line) != len(header):
-            raise ValueError(f"row {number} has {len(line)} values, the header {len(header)}")
+    rows = [line.split(",") for line in lines[1:]]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(header):
+            raise ValueError(f"row {number} has {len(row)} values, the header {len(header)}")
+    texts = zip(*rows, strict=True) if rows else [()] * len(header)
+    columns = {name: _numbers(name, column) for name, column in zip(header, texts, strict=True)}
+    before: float = 0
+    for number, (epoch, step) in enumerate(zip(columns["epoch"], columns["step"], strict=True), start=1):
+        if epoch != number and not gaps:
+            raise ValueError(f"row {number} is epoch {epoch}")
+        if step <= before or epoch < number:
+            raise ValueError(f"row {number}: its step, {step}, is not above the one before")
+        before = step
+    for name in ("train_error", "train_error_running", "test_error", "val_error"):
+        for number, value in enumerate(columns.get(name, ()), start=1):
+            if not 0 <= value <= 1 and not (gaps and math.isnan(value)):
+                raise ValueError(f"row {number}: {name} must be from 0 to 1; got {value}")
+    return columns
+
+
+def _numbers(name: str, texts: Sequence[str]) -> "array[int] | array[float]":
+    kind: type[float] = int if name in INTEGERS else float
+    with contextlib.suppress(ValueError, OverflowError):
+        values = array("q" if kind is int else "d", map(kind, texts))
+        if all(map(operator.eq, map(repr, values), texts)):
+            return values
+    for number, text in enumerate(texts, start=1):  # which of them is it?
         try:
-            row = Epoch(int(line[0]), int(line[1]), *map(float, line[2:]))
+            value = kind(text)
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from None
-        if row.epoch != number and not gaps:
-            raise ValueError(f"row {number} is epoch {row.epoch}")
-        if row.step <= (rows[-1].step if rows else 0) or row.epoch < number:
-            raise ValueError(f"row {number}: its step, {row.step}, is not above the one before")
-        for name in ("train_error", "train_error_running", "test_error", "val_error"):
-            value = getattr(row, name)
-            if value is not None and not 0 <= value <= 1 and not (gaps and math.isnan(value)):
-                raise ValueError(f"row {number}: {name} must be from 0 to 1; got {value}")
-        rows.append(row)
-    return rows
+        if repr(value) != text:
+            raise ValueError(f"row {number}: {name} is {text[:100]!r}, which degrade writes as {value!r}")
+    raise ValueError(f"{name} has a number of more than 64 bits")
+
+
+def last_row(log: bytes) -> Columns | None:
+    """The columns of the last row alone, in a twentieth of the time; None where a glance tells of something amiss.
+
+    None too for a log with gaps, or with a number that is not finite: whoever wants to know reads all of it.
+    """
+    header, _, rows = log.partition(b"\n")
+    count = rows.count(b"\n")
+    if not count or rows.count(b",") != count * header.count(b",") or rows.translate(None, b"0123456789.-e,\n"):
+        return None
+    last = rows[rows.rfind(b"\n", 0, -1) + 1 :]
+    try:
+        columns = to_columns(f"{header.decode()}\n{last.decode()}", gaps=True)
+    except ValueError:
+        return None
+    return columns if columns["epoch"][0] == count else None

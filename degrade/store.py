@@ -15,9 +15,11 @@ results/<study>/<run id>/config.json        the whole configuration
 
 import contextlib
 import json
+import os
+import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -26,7 +28,7 @@ from degrade import commit
 from degrade.commit import Held, Holder, create_file, hold, make_folder, write_file
 from degrade.config import BLOCKS, SHALLOW, SWEPT, RunConfig, family_of, matches_protocol, run_id
 from degrade.errors import Failure
-from degrade.log import Epoch, from_csv, to_csv
+from degrade.log import COLUMNS, VALIDATION, Columns, Epoch, last_row, to_columns, to_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,6 +37,7 @@ STUDY, CONFIG, LOG, TIMING = "study.json", "config.json", "log.csv", "timing.csv
 ENVIRONMENT, CHECKPOINTS, ERROR, LOCK = "environment.json", "checkpoints", "error.txt", "lock"
 IMPORTED, WEIGHTS, SNAPSHOTS = "imported.json", "weights.pt", "snapshots"
 IDENTITY, PROBES, FIGURES = "identity.json", "probes", "figures"  # of a study
+RUN = re.compile(r"[a-z]+-\d+-s\d+-[0-9a-f]{8}")  # a run id, the name of its folder
 FINISHED = ("done", "diverged")  # the statuses of runs that count as results
 
 
@@ -109,15 +112,17 @@ class Run:
         folder: of the run.
         config: its configuration.
         refused: why its config.json is not that, if it is not.
+        glance: read the last row of its log alone where nothing looks amiss; `epochs` has no other then.
     """
 
     study: str
     folder: Path
     config: RunConfig
     refused: str = ""
+    glance: bool = False
 
     @classmethod
-    def open(cls, study: str, folder: Path) -> Self:
+    def open(cls, study: str, folder: Path, *, glance: bool = False) -> Self:
         """
         Raises:
             Failure: its config.json is unreadable, or is not the one the run id was made from.
@@ -129,7 +134,7 @@ class Run:
             raise Failure(f"{folder / CONFIG}: {error}; restore it, or delete its folder and sweep again") from None
         if (identity := run_id(values)) != folder.name:
             raise Failure(f"{folder / CONFIG} was edited, or its folder renamed: it belongs to {identity}")
-        return cls(study, folder, config)
+        return cls(study, folder, config, glance=glance)
 
     @cached_property
     def imported(self) -> dict[str, Any] | None:
@@ -144,32 +149,44 @@ class Run:
             return None
 
     @cached_property
-    def _log(self) -> tuple[list[Epoch], str]:
-        """The rows of log.csv, and what is wrong with it, if anything is."""
+    def _log(self) -> tuple[Columns, str]:
+        """The columns of log.csv, none where it is damaged or not there, and what is wrong with it, if anything is."""
         try:
             data = (self.folder / LOG).read_bytes()
-            epochs = from_csv(data.decode(), gaps=self.imported is not None)
-            if data != to_csv(epochs, validation=self.config.val_images > 0).encode():
+            columns = last_row(data) if self.glance else None
+            if columns is None:
+                columns = to_columns(data.decode(), gaps=self.imported is not None)
+            if (VALIDATION[0] in columns) != (self.config.val_images > 0):
                 raise ValueError("it is not as degrade wrote it")
-            if epochs and epochs[-1].step > self.config.steps:
-                raise ValueError(f"step {epochs[-1].step} of {self.config.steps}")
-            return epochs, ""
+            if columns["step"] and columns["step"][-1] > self.config.steps:
+                raise ValueError(f"step {columns['step'][-1]} of {self.config.steps}")
+            return columns, ""
         except FileNotFoundError:
-            return [], ""
+            return {}, ""
         except Failure as error:
-            return [], str(error)
+            return {}, str(error)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             if (self.folder / IMPORTED).exists():
-                return [], f"{self.folder / LOG}: {reason}; restore it, or delete the run's folder and import it again"
+                return {}, f"{self.folder / LOG}: {reason}; restore it, or delete the run's folder and import it again"
             then = "a sweep" if self.has_checkpoint else "restore it, or delete it and a sweep"
             how = "writes it anew from its checkpoint" if self.has_checkpoint else "trains the run again"
-            return [], f"{self.folder / LOG}: {reason}; {then} {how}"
+            return {}, f"{self.folder / LOG}: {reason}; {then} {how}"
 
     @property
-    def epochs(self) -> list[Epoch]:
-        """The rows of log.csv; none where it is not there, or damaged."""
+    def columns(self) -> Columns:
+        """The log by columns; none where it is not there, or damaged."""
         return self._log[0]
+
+    @cached_property
+    def epochs(self) -> list[Epoch]:
+        """The rows of the log; none where it is not there, or damaged."""
+        return to_rows(self.columns)
+
+    @cached_property
+    def last(self) -> Epoch | None:
+        """The last row of the log."""
+        return next(iter(to_rows({name: column[-1:] for name, column in self.columns.items()})), None)
 
     @property
     def problem(self) -> str:
@@ -183,9 +200,9 @@ class Run:
     @property
     def outcome(self) -> str | None:
         """done or diverged, as the log says; None where there is something left to train."""
-        if self.epochs and self.epochs[-1].diverged:
+        if self.last and self.last.diverged:
             return "diverged"
-        return "done" if self.epochs and self.epochs[-1].step >= self.config.steps else None
+        return "done" if self.last and self.last.step >= self.config.steps else None
 
     @cached_property
     def status(self) -> str:
@@ -198,7 +215,7 @@ class Run:
             return "running"
         if (self.folder / ERROR).exists() or (self.problem and not self.has_checkpoint):
             return "failed"
-        if self.epochs or self.has_checkpoint or (self.folder / ENVIRONMENT).exists():
+        if self.last or self.has_checkpoint or (self.folder / ENVIRONMENT).exists():
             return "interrupted"
         return "missing"
 
@@ -219,7 +236,7 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """One row of `degrade show`; None for what is not known yet."""
-        last = self.epochs[-1] if self.epochs else None
+        last = self.last
         return {
             "id": self.folder.name,
             "study": self.study,
@@ -245,6 +262,7 @@ class Study:
         protocol: the name of the protocol it started from.
         shared: the configuration that all of its runs have in common.
         imported: whether its runs are imported ones; what was trained here is never mixed with these.
+        glance: whether its runs are, as `Run` has it.
     """
 
     folder: Path
@@ -252,9 +270,10 @@ class Study:
     protocol: str
     shared: dict[str, Any]
     imported: bool = False
+    glance: bool = False
 
     @classmethod
-    def open(cls, folder: Path, root: Path | None = None) -> Self:
+    def open(cls, folder: Path, root: Path | None = None, *, glance: bool = False) -> Self:
         """
         Raises:
             Failure: its study.json is unreadable.
@@ -268,16 +287,17 @@ class Study:
         except ValueError as error:
             raise Failure(f"{folder / STUDY}: {error}") from None
         name = folder.relative_to(root).as_posix() if root and root != folder else folder.resolve().name
-        return cls(folder, name, values["protocol"], shared, values.get("imported") is True)
+        return cls(folder, name, values["protocol"], shared, values.get("imported") is True, glance)
 
     @cached_property
     def _found(self) -> tuple[list[Run], list[str]]:
         runs, damaged = [], []
-        for folder in sorted({path.parent for name in (CONFIG, LOG) for path in self.folder.glob(f"*/{name}")}):
+        for folder in _folders(self.folder):
             try:
-                run = Run.open(self.name, folder)
+                run = Run.open(self.name, folder, glance=self.glance)
             except FileNotFoundError:
-                damaged.append(f"{folder} has a {LOG} but no {CONFIG}")
+                if (folder / LOG).exists():
+                    damaged.append(f"{folder} has a {LOG} but no {CONFIG}")
             except OSError as error:
                 damaged.append(f"{folder / CONFIG}: {error.strerror}")
             except Failure as error:
@@ -295,9 +315,9 @@ class Study:
         """By block, depth and seed, less those whose config.json is unreadable or not the study's."""
         return self._found[0]
 
-    def known(self) -> dict[RunConfig, Path]:
-        """The folders of the runs that are there now, by configuration."""
-        return {run.config: run.folder for run in replace(self).runs}
+    def known(self, *, glance: bool = True) -> dict[RunConfig, Run]:
+        """The runs that are there now, by configuration."""
+        return {run.config: run for run in replace(self, glance=glance).runs}
 
     @property
     def damaged(self) -> list[str]:
@@ -345,8 +365,12 @@ def difference(shared: Mapping[str, Any], config: RunConfig) -> str:
     )
 
 
-def find_studies(root: Path) -> tuple[list[Study], list[str]]:
+def find_studies(root: Path, *, glance: bool = False) -> tuple[list[Study], list[str]]:
     """Every study in `root` or below it, by folder, each named by where it is below `root`.
+
+    Args:
+        root: a folder of results.
+        glance: look at no more than the ends of the logs, where nothing looks amiss; see `Run`.
 
     Returns:
         The studies, and what is wrong with any of them or of their runs, a line each: these are left out.
@@ -358,10 +382,9 @@ def find_studies(root: Path) -> tuple[list[Study], list[str]]:
         what = "is not a folder" if root.exists() else "does not exist"
         raise ValueError(f"{root} {what}; name a folder of results, such as results/")
     studies, damaged = [], []
-    runs = root.rglob(f"*-s[0-9]*-*/{CONFIG}")  # a study that has lost its study.json does not vanish
-    for folder in sorted({path.parent for path in root.rglob(STUDY)} | {path.parent.parent for path in runs}):
+    for folder in sorted(_study_folders(root)):
         try:
-            studies.append(Study.open(folder, root))
+            studies.append(Study.open(folder, root, glance=glance))
             damaged += studies[-1].damaged
         except Failure as error:
             damaged.append(str(error))
@@ -372,6 +395,23 @@ def find_studies(root: Path) -> tuple[list[Study], list[str]]:
             f"{root} holds no study (a folder with {STUDY}); `degrade sweep --depths 20,56 --out {root}` makes one"
         )
     return studies, damaged
+
+
+def _study_folders(root: Path) -> Iterator[Path]:
+    """Those with a study.json or with a run, since a study that has lost its study.json does not vanish."""
+    for folder, below, files in os.walk(root):
+        others = [name for name in below if not RUN.fullmatch(name)]
+        if len(others) < len(below) or STUDY in files:
+            yield Path(folder)
+        below[:] = others  # a run's folder holds no study
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Those in `folder`, by name."""
+    try:
+        return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
+    except FileNotFoundError:
+        return []
 
 
 def load(folder: str | Path) -> "pd.DataFrame":
@@ -396,16 +436,26 @@ def load(folder: str | Path) -> "pd.DataFrame":
 
 def to_frame(studies: Iterable[Study]) -> "pd.DataFrame":
     """As `load`, for studies that are open already."""
+    import numpy as np
     import pandas as pd
 
-    rows: list[dict[str, Any]] = []
+    abouts, logs = [], []
     for study in studies:
         changed = "" if matches_protocol(study.shared, study.protocol) else ", changed"
         for run in study.runs:
+            if not run.columns:
+                continue
             about: dict[str, Any] = {"study": study.name, "protocol": study.protocol + changed, "id": run.folder.name}
             about |= {"status": run.status, "imported": study.imported} | {
                 name: getattr(run.config, name) for name in SWEPT
             }
-            about |= run.config.as_dict() | {"initial_lr": run.config.lr}
-            rows += [about | asdict(epoch) for epoch in run.epochs]
-    return pd.DataFrame(rows)
+            abouts.append(about | run.config.as_dict() | {"initial_lr": run.config.lr})
+            logs.append(run.columns)
+    lengths = [len(log["epoch"]) for log in logs]
+    if not sum(lengths):
+        return pd.DataFrame()
+    frame = pd.DataFrame(abouts).loc[np.repeat(np.arange(len(logs)), lengths)].reset_index(drop=True)
+    for name in COLUMNS:
+        values = [log[name] if name in log else np.full(n, np.nan) for log, n in zip(logs, lengths, strict=True)]
+        frame[name] = np.concatenate(values)
+    return frame

@@ -189,15 +189,18 @@ def training_flops(config: RunConfig) -> float:
     return 3.0 * forward * config.batch_size * config.steps
 
 
-def find_runs(study: Study, configs: Sequence[RunConfig]) -> list[Run]:
-    """The runs of a grid in `study`, whether they are there or not, the longest first.
+def find_runs(study: Study, configs: Sequence[RunConfig], *, glance: bool = False) -> list[Run]:
+    """The runs of a grid in `study`, whether they are there or not, the longest first; `glance` as `Run` has it.
 
     A run that an older version of degrade has begun has another id, and is the same run.
     """
-    known = study.known()
+    known = study.known(glance=glance)
     runs = []
     for config in sorted(configs, key=lambda config: (-config.depth, config.seed, config.block)):
-        folder = known.get(config, study.folder / config.run_id)
+        if config in known:
+            runs.append(known[config])
+            continue
+        folder = study.folder / config.run_id
         try:
             runs.append(Run.open(study.name, folder))
         except FileNotFoundError:

@@ -42,6 +42,25 @@ class TestStatus:
             assert self.status(done) == "done"
 
 
+class TestAtAGlance:
+    def test_a_run_is_as_it_is_at_second_sight(self, tmp_path):
+        for seed, rows in enumerate(([], [(0.5, 0.5)], [(0.75, 0.5), (0.5, 0.25), (0.25, 0.125)])):
+            write_run(tmp_path / "study", smoke(seed=seed), rows)
+        write_run(tmp_path / "study", smoke(seed=3), [(0.5, 0.5)], loss=float("nan"))
+        (studies, damaged), (at_a_glance, _) = find_studies(tmp_path), find_studies(tmp_path, glance=True)
+        assert damaged == []
+        assert [run.record() for run in at_a_glance[0].runs] == [run.record() for run in studies[0].runs]
+        assert [len(run.epochs) for run in studies[0].runs] == [0, 1, 3, 1]
+        assert [len(run.epochs) for run in at_a_glance[0].runs] == [0, 1, 1, 1]
+
+    def test_damage_that_is_seen_is_said_in_the_same_words(self, tmp_path):
+        run = write_run(tmp_path / "study", smoke(), [(0.75, 0.5), (0.5, 0.25)])
+        (run.folder / store.LOG).write_bytes((run.folder / store.LOG).read_bytes()[:-1])
+        (_, damaged), (_, at_a_glance) = find_studies(tmp_path), find_studies(tmp_path, glance=True)
+        assert "the last row is cut off" in damaged[0]
+        assert at_a_glance == damaged
+
+
 class TestDamage:
     def test_an_edited_configuration_is_refused(self, tmp_path):
         run = write_run(tmp_path / "study", smoke(), [])

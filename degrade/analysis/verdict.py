@@ -198,7 +198,7 @@ def grids(studies: Mapping[str, Mapping[str, Any]]) -> list[Grid]:
 
 def grids_of(studies: Iterable[Study]) -> dict[str, Grid]:
     """The grids among the studies that were trained here and have an epoch, by the names of their figures."""
-    begun = [study for study in studies if not study.imported and any(run.epochs for run in study.runs)]
+    begun = [study for study in studies if not study.imported and any(run.last for run in study.runs)]
     return _named([(f"grid-{grid.field}", grid) for grid in grids({study.name: study.shared for study in begun})])
 
 

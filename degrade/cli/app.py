@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 from typer.core import TyperCommand
 
 from degrade import __version__, store, terminal
@@ -149,12 +151,30 @@ def say(text: str) -> None:
 
 
 def say_table(table: Table) -> None:
-    """Whole rows: the same in a file as on a terminal, however narrow that is."""
-    table.width = console.measure(table, options=console.options.update(width=10_000)).maximum
+    """Whole rows: the same in a file as on a terminal, however narrow that is; and 10,000 of them in no time."""
+    for row in zip(*map(_lines, table.columns), strict=True):
+        print("  ".join(row).rstrip())
+
+
+def _lines(column: Column) -> list[str]:
+    """The heading and the cells of a column, each as wide as the widest."""
+    cells = [(cell.plain, str(cell.style)) if isinstance(cell, Text) else (str(cell), "") for cell in column.cells]
+    cells.insert(0, (str(column.header), "bold"))
+    painted = {(text, style): _painted(text, style) for text, style in set(cells) if style}
+    width = max(cell_len(text) for text, _ in cells)
+    lines = []
+    for text, style in cells:
+        space = " " * (width - cell_len(text))
+        shown = painted.get((text, style), text)
+        lines.append(space + shown if column.justify == "right" else shown + space)
+    return lines
+
+
+def _painted(text: str, style: str) -> str:
+    """In colour, where that can be seen."""
     with console.capture() as drawn:
-        console.print(table, soft_wrap=True)
-    for line in drawn.get().splitlines():
-        print(line.rstrip())
+        console.print(Text(text, style), end="", soft_wrap=True)
+    return drawn.get()
 
 
 def count(number: int, thing: str) -> str:

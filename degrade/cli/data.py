@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from degrade.cli.app import Plain, app, count, dataset_named, note, say, say_table
 from degrade.cli.options import DataDir, ImageSize, SkipBroken, argument, option
 from degrade.config import DATASETS, FOLDER, Dataset, dataset_of, short_name
 from degrade.errors import Failure
+from degrade.terminal import make_table
 
 data_app = typer.Typer(invoke_without_command=True)
 app.add_typer(data_app, name="data")
@@ -42,15 +42,15 @@ def list_(data_dir: DataDir = None) -> None:
     from degrade import data
 
     folder = data_dir or data.default_data_dir()
-    numbers = _table("data set", ">training", ">test", ">classes", ">pixels", ">download", "here")
-    words = _table("data set", "licence, source")
+    numbers = make_table("data set", ">training", ">test", ">classes", ">pixels", ">download", "here")
+    words = make_table("data set", "licence, source")
     for name, known in DATASETS.items():
         about = data.OFFICIAL[name].about if name in data.OFFICIAL else None
         size = f"{about.megabytes:.1f} MB" if about else "-"
         numbers.add_row(name, *_sizes(known), size, data.state(name, folder))
         words.add_row(name, about.licence if about else "MIT")
         words.add_row("", about.source if about else "drawn by degrade")
-    own = _table("your own", "here")
+    own = make_table("your own", "here")
     for name in [*data.folder.cached(folder), *data.known(folder, "imagenet")]:
         own.add_row(name, data.state(name, folder))
     say(f"In {folder}:")
@@ -58,14 +58,6 @@ def list_(data_dir: DataDir = None) -> None:
         if table.row_count:
             say_table(table)
             print()
-
-
-def _table(*headings: str) -> Table:
-    """Columns of text; `>` before a heading aligns its column to the right."""
-    table = Table(box=None, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading.lstrip(">"), justify="right" if heading[0] == ">" else "left")
-    return table
 
 
 @data_app.command(cls=Plain)

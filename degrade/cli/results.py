@@ -43,7 +43,8 @@ def show(
     """Show every run: its status, how far it is, its errors.
 
     A run is done, running, interrupted, failed, diverged or missing: read off its files and its lock. Errors are those
-    of its last row, over the whole training set and the whole test set.
+    of its last row, over the whole training set and the whole test set. Damage further up in a log is told by check,
+    and by whatever reads whole logs.
 
     \b
     Example: degrade show results/
@@ -51,7 +52,7 @@ def show(
     """
     if as_json and as_csv:
         raise ValueError("--csv and --json exclude each other")
-    studies, damaged = store.find_studies(results)
+    studies, damaged = store.find_studies(results, glance=True)
     records = [run.record() for study in studies for run in study.runs]
     if as_json:
         print(json.dumps(records, indent=2))

@@ -264,7 +264,7 @@ def sweep(
         chosen, configs = _open(study_folder(out, asked.name), asked, nets, device)
         if group:
             check_shares(configs[0], group)
-        runs = engine.find_runs(chosen, configs)
+        runs = engine.find_runs(chosen, configs, glance=dry_run)
         passed_over = [*store.FINISHED, *([] if retry_failed else ["failed"])]
         todo = [run for run in runs if run.status not in passed_over]
         machine = machine_of(device, configs if todo else [], jobs, threads, pack, compiled)
@@ -445,7 +445,7 @@ def _print_results(plans: Sequence[Plan], out: Path) -> None:
         say_table(terminal.runs_table(plan.runs))
         say_errors(plan.runs)
     runs = [run for plan in plans for run in plan.runs]
-    if any(run.epochs for run in runs):
+    if any(run.last for run in runs):
         folder = out if len(plans) > 1 else plans[0].study.folder
         say(f"Next: degrade plot {folder}; degrade verdict {folder}")
     if unfinished := [run for run in runs if run.status != "done"]:
