@@ -74,7 +74,7 @@ def to_rows(columns: Columns) -> list[Epoch]:
 
 
 def to_columns(text: str, *, gaps: bool = False) -> Columns:
-    """As `from_csv`, in a quarter of its time and a tenth of its memory."""
+    """As `from_csv`, in a fraction of its memory: a folder of 10,000 logs fits."""
     if "\r" in text:
         raise ValueError("there are carriage returns in it; git's core.autocrlf adds them")
     lines = text.split("\n")
