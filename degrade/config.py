@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 BLOCKS = ("plain", "residual", "preact")
@@ -194,8 +195,9 @@ class RunConfig:
     bn_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            object.__setattr__(self, field.name, typed(field.name, getattr(self, field.name)))
+        for name, kind in TYPES.items():
+            if type(value := getattr(self, name)) is not kind:
+                object.__setattr__(self, name, typed(name, value))
         known = dataset_of(self.dataset)
         blocks_of(self.family, self.depth)
         object.__setattr__(self, "augment", self.augment or known.augment)
@@ -291,7 +293,7 @@ class RunConfig:
             return self.warmup_lr
         return float(self.lr / 10 ** sum(step >= milestone for milestone in self.milestones))
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         """`<block>-<depth>-s<seed>-<hash>`; the hash is over every field, defaults included."""
         return run_id(self.as_dict())

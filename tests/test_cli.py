@@ -678,6 +678,12 @@ def test_torch_is_not_imported_to_read_results_or_print_help(results, arguments)
     subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
 
 
+def test_torchvision_is_imported_by_what_needs_it_alone():
+    """It takes a second."""
+    script = "import sys, degrade.sweep, degrade.cli; assert 'torchvision' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_the_source_folder_runs_without_installed_metadata():
     script = (
         "import importlib.metadata as m, runpy, sys\n"

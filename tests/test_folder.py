@@ -12,7 +12,7 @@ from PIL import Image
 
 from degrade import data
 from degrade.config import dataset_of
-from degrade.data import OFFICIAL, folder
+from degrade.data import OFFICIAL, folder, listing
 from degrade.errors import Failure
 
 RNG = np.random.default_rng(0)
@@ -341,3 +341,9 @@ def test_genuine_cifar10_as_a_folder_gives_its_tensors_and_its_log(genuine_as_a_
         logs.append(to_csv([epoch for epoch in training if epoch], validation=False))
     assert logs[0] == logs[1]
     assert len(logs[0].splitlines()) > 1
+
+
+def test_what_is_an_image_to_torchvision_is_one_here():
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    assert listing.IMAGES == IMG_EXTENSIONS

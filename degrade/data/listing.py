@@ -12,12 +12,12 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from degrade.config import FOLDER
 from degrade.engine.process import cores
 
+IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision's folders
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 T = TypeVar("T")
@@ -107,7 +107,7 @@ def _images(folder: os.DirEntry[str], others: Counter[str], above: tuple[int, ..
         if entry.is_dir():
             if entry.stat().st_ino not in here:
                 yield from _images(entry, others, here)
-        elif entry.is_file() and _kind(entry) in IMG_EXTENSIONS:
+        elif entry.is_file() and _kind(entry) in IMAGES:
             yield Path(entry.path)
         else:
             others[_kind(entry)] += 1

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision import datasets
 
 from degrade.commit import hold, leavings, make_folder, remove, write_file
 from degrade.data.download import download
@@ -170,9 +169,13 @@ class _Arrays(pickle.Unpickler):
 class Cifar(Official):
     """CIFAR-10 or CIFAR-100: pickles of NumPy arrays in a .tar.gz."""
 
-    def __init__(self, about: About, kind: type[datasets.CIFAR10], labels: str):
-        super().__init__(about, kind.base_folder)
-        self.kind, self.labels = kind, labels
+    def __init__(self, about: About, folder: str, kind: str, labels: str):
+        super().__init__(about, folder)
+        self.name, self.labels = kind, labels
+
+    @property
+    def kind(self) -> Any:
+        return _theirs(self.name)
 
     def checksums(self) -> dict[str, str]:
         kind = self.kind
@@ -225,9 +228,13 @@ class Cifar(Official):
 class Digits(Official):
     """MNIST or what has its form: four gzipped IDX files of grey images and labels."""
 
-    def __init__(self, about: About, kind: type[datasets.MNIST]):
-        super().__init__(about, f"{kind.__name__}/raw")
-        self.kind = kind
+    def __init__(self, about: About, kind: str):
+        super().__init__(about, f"{kind}/raw")
+        self.name = kind
+
+    @property
+    def kind(self) -> Any:
+        return _theirs(self.name)
 
     def checksums(self) -> dict[str, str]:
         return dict(self.kind.resources)
@@ -250,7 +257,7 @@ class HouseNumbers(Official):
         return {name: md5 for _, name, md5 in self._files()}
 
     def _files(self) -> list[Any]:
-        return [datasets.SVHN.split_list[split] for split in ("train", "test")]
+        return [_theirs("SVHN").split_list[split] for split in ("train", "test")]
 
     def mend(self, data_dir: Path, names: Collection[str], mirror: str | None) -> None:
         for url, name, md5 in self._files():
@@ -267,6 +274,13 @@ class HouseNumbers(Official):
 
         train, test = self.checksums()
         return split(train), split(test)
+
+
+def _theirs(name: str) -> Any:
+    """torchvision's class, which knows addresses and checksums; its import takes a second, which few commands need."""
+    from torchvision import datasets
+
+    return getattr(datasets, name)
 
 
 def _md5(data: bytes) -> str:
@@ -291,17 +305,19 @@ def _labels(labels: np.ndarray) -> Tensor:
 
 KRIZHEVSKY = "none stated; its authors ask to cite Krizhevsky 2009"
 CIFAR10 = Cifar(
-    About("CIFAR-10", 170.5, KRIZHEVSKY, "https://www.cs.toronto.edu/~kriz/cifar.html"), datasets.CIFAR10, "labels"
+    About("CIFAR-10", 170.5, KRIZHEVSKY, "https://www.cs.toronto.edu/~kriz/cifar.html"),
+    "cifar-10-batches-py",
+    "CIFAR10",
+    "labels",
 )
 CIFAR100 = Cifar(
     About("CIFAR-100", 169.0, KRIZHEVSKY, "https://www.cs.toronto.edu/~kriz/cifar.html"),
-    datasets.CIFAR100,
+    "cifar-100-python",
+    "CIFAR100",
     "fine_labels",
 )
 SVHN = HouseNumbers(About("SVHN", 246.3, "for non-commercial use only", "http://ufldl.stanford.edu/housenumbers"), "")
 FASHION_MNIST = Digits(
-    About("Fashion-MNIST", 30.9, "MIT", "https://github.com/zalandoresearch/fashion-mnist"), datasets.FashionMNIST
+    About("Fashion-MNIST", 30.9, "MIT", "https://github.com/zalandoresearch/fashion-mnist"), "FashionMNIST"
 )
-MNIST = Digits(
-    About("MNIST", 11.6, "CC BY-SA 3.0, as far as is known", "http://yann.lecun.com/exdb/mnist"), datasets.MNIST
-)
+MNIST = Digits(About("MNIST", 11.6, "CC BY-SA 3.0, as far as is known", "http://yann.lecun.com/exdb/mnist"), "MNIST")
