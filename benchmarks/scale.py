@@ -15,7 +15,7 @@ from pathlib import Path
 
 from degrade.config import BLOCKS, RunConfig, protocol_fields
 from degrade.log import Epoch, to_csv
-from degrade.store import CHECKPOINTS, CONFIG, LOG, TIMING, Study, to_json
+from degrade.store import CHECKPOINTS, CONFIG, LOCK, LOG, STUDY, TIMING, Study, to_json
 
 DEPTHS = (20, 32, 44, 56, 110)
 COMMANDS = {
@@ -52,13 +52,13 @@ def make_results(out: Path, runs: int) -> None:
     ][:runs]
     study = Study(out / "cifar10-paper", "cifar10-paper", "paper", configs[0].shared())
     study.folder.mkdir(parents=True)
-    (study.folder / "study.json").write_bytes(to_json({"protocol": study.protocol, "shared": study.shared}))
+    (study.folder / STUDY).write_bytes(to_json({"protocol": study.protocol, "shared": study.shared}))
     for config in configs:
         folder = study.folder / config.run_id
         (folder / CHECKPOINTS).mkdir(parents=True)
         (folder / CONFIG).write_bytes(to_json(config.as_dict()))
         (folder / LOG).write_text(log_of(config))
-        (folder / "lock").touch()
+        (folder / LOCK).touch()
         (folder / TIMING).touch()
 
 
@@ -85,7 +85,7 @@ def main() -> None:
         for command, target in COMMANDS.items():
             name, *flags = command.split()
             where = (
-                ["--depths", "20,32,44,56,110", "--out", str(out), "--protocol", "paper", "--seeds", seeds]
+                ["--depths", ",".join(map(str, DEPTHS)), "--out", str(out), "--protocol", "paper", "--seeds", seeds]
                 if name == "sweep"
                 else [str(out)]
             )

@@ -5,6 +5,7 @@ block's input to its output. With shortcut A they have exactly the same paramete
 net with full pre-activation blocks of the follow-up paper (arXiv:1603.05027).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ def make_shortcut(option: str, in_channels: int, out_channels: int, stride: int)
     return nn.Identity() if same_shape else PadShortcut(in_channels, out_channels, stride)
 
 
-class PostActivation(nn.Module):
+class PostActivation(nn.Module, ABC):
     """A block of convolutions that BN and ReLU follow: of the plain net, or of the residual net with a shortcut.
 
     The ReLU that follows a block is done by the next one, on its way in (by the net, after the last). That is
@@ -43,9 +44,9 @@ class PostActivation(nn.Module):
     residual: bool
     shortcut: nn.Module  # registered last, as data comes to it
 
+    @abstractmethod
     def layers(self, x: Tensor) -> Tensor:
         """The block's convolutions with their BNs, and the ReLUs between them."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(x)

@@ -292,7 +292,7 @@ class Study:
     @cached_property
     def _found(self) -> tuple[list[Run], list[str]]:
         runs, damaged = [], []
-        for folder in _folders(self.folder):
+        for folder in _subfolders(self.folder):
             try:
                 run = Run.open(self.name, folder, glance=self.glance)
             except FileNotFoundError:
@@ -406,7 +406,7 @@ def _study_folders(root: Path) -> Iterator[Path]:
         below[:] = others  # a run's folder holds no study
 
 
-def _folders(folder: Path) -> list[Path]:
+def _subfolders(folder: Path) -> list[Path]:
     """Those in `folder`, by name."""
     try:
         return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())

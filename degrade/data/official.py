@@ -51,10 +51,18 @@ class Official(ABC):
     Args:
         about: the data set.
         folder: of the files, in the data folder.
+        name: of torchvision's class, which knows addresses and checksums.
     """
 
-    def __init__(self, about: About, folder: str):
-        self.about, self.folder = about, folder
+    def __init__(self, about: About, folder: str, name: str):
+        self.about, self.folder, self.name = about, folder, name
+
+    @property
+    def theirs(self) -> Any:
+        """torchvision's class; its import takes a second, which few commands need."""
+        from torchvision import datasets
+
+        return getattr(datasets, self.name)
 
     @abstractmethod
     def checksums(self) -> dict[str, str]:
@@ -169,21 +177,17 @@ class _Arrays(pickle.Unpickler):
 class Cifar(Official):
     """CIFAR-10 or CIFAR-100: pickles of NumPy arrays in a .tar.gz."""
 
-    def __init__(self, about: About, folder: str, kind: str, labels: str):
-        super().__init__(about, folder)
-        self.name, self.labels = kind, labels
-
-    @property
-    def kind(self) -> Any:
-        return _theirs(self.name)
+    def __init__(self, about: About, folder: str, name: str, labels: str):
+        super().__init__(about, folder, name)
+        self.labels = labels
 
     def checksums(self) -> dict[str, str]:
-        kind = self.kind
-        return dict([*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])])
+        theirs = self.theirs
+        return dict([*theirs.train_list, *theirs.test_list, (theirs.meta["filename"], theirs.meta["md5"])])
 
     def mend(self, data_dir: Path, names: Collection[str], mirror: str | None) -> None:
-        archive = data_dir / self.kind.filename
-        self.get([self.kind.url], mirror, archive, self.kind.tgz_md5)
+        archive = data_dir / self.theirs.filename
+        self.get([self.theirs.url], mirror, archive, self.theirs.tgz_md5)
         files = self.unpack(archive, names)
         # A link in place of a file is replaced. The archive stays: what is damaged later is mended from it.
         make_folder(data_dir / self.folder)
@@ -216,7 +220,7 @@ class Cifar(Official):
         return files
 
     def decode(self, files: dict[str, bytes]) -> tuple[Labelled, Labelled]:
-        train, test = ([files[name] for name, _ in split] for split in (self.kind.train_list, self.kind.test_list))
+        train, test = ([files[name] for name, _ in split] for split in (self.theirs.train_list, self.theirs.test_list))
         return self._unpickle(train), self._unpickle(test)
 
     def _unpickle(self, batches: list[bytes]) -> Labelled:
@@ -228,21 +232,16 @@ class Cifar(Official):
 class Digits(Official):
     """MNIST or what has its form: four gzipped IDX files of grey images and labels."""
 
-    def __init__(self, about: About, kind: str):
-        super().__init__(about, f"{kind}/raw")
-        self.name = kind
-
-    @property
-    def kind(self) -> Any:
-        return _theirs(self.name)
+    def __init__(self, about: About, name: str):
+        super().__init__(about, f"{name}/raw", name)
 
     def checksums(self) -> dict[str, str]:
-        return dict(self.kind.resources)
+        return dict(self.theirs.resources)
 
     def mend(self, data_dir: Path, names: Collection[str], mirror: str | None) -> None:
         make_folder(data_dir / self.folder)
         for name in names:
-            official = [f"{address}{name}" for address in self.kind.mirrors]
+            official = [f"{address}{name}" for address in self.theirs.mirrors]
             self.get(official, mirror, data_dir / self.folder / name, self.checksums()[name])
 
     def decode(self, files: dict[str, bytes]) -> tuple[Labelled, Labelled]:
@@ -257,7 +256,7 @@ class HouseNumbers(Official):
         return {name: md5 for _, name, md5 in self._files()}
 
     def _files(self) -> list[Any]:
-        return [_theirs("SVHN").split_list[split] for split in ("train", "test")]
+        return [self.theirs.split_list[split] for split in ("train", "test")]
 
     def mend(self, data_dir: Path, names: Collection[str], mirror: str | None) -> None:
         for url, name, md5 in self._files():
@@ -274,13 +273,6 @@ class HouseNumbers(Official):
 
         train, test = self.checksums()
         return split(train), split(test)
-
-
-def _theirs(name: str) -> Any:
-    """torchvision's class, which knows addresses and checksums; its import takes a second, which few commands need."""
-    from torchvision import datasets
-
-    return getattr(datasets, name)
 
 
 def _md5(data: bytes) -> str:
@@ -316,7 +308,9 @@ CIFAR100 = Cifar(
     "CIFAR100",
     "fine_labels",
 )
-SVHN = HouseNumbers(About("SVHN", 246.3, "for non-commercial use only", "http://ufldl.stanford.edu/housenumbers"), "")
+SVHN = HouseNumbers(
+    About("SVHN", 246.3, "for non-commercial use only", "http://ufldl.stanford.edu/housenumbers"), "", "SVHN"
+)
 FASHION_MNIST = Digits(
     About("Fashion-MNIST", 30.9, "MIT", "https://github.com/zalandoresearch/fashion-mnist"), "FashionMNIST"
 )
