@@ -266,7 +266,7 @@ def curves(ax: Axes, epochs: "pd.DataFrame", block: str) -> Axes:
 def _error_axis(ax: Axes, drawn: Sequence[float], dataset: str, *, linear: bool = False) -> Axes:
     """Percent, from 0; logarithmic where the errors drawn span more than a factor of 30. Chance, where it is near."""
     positive = [value for value in drawn if value > 0]
-    formatter: Formatter = PercentFormatter(1.0, decimals=1 if linear else None)
+    formatter: Formatter = PercentFormatter(1.0)  # with as many decimals as the ticks need
     if not linear:
         if positive and max(positive) > 30 * min(positive):
             ax.set_yscale("log")

@@ -39,6 +39,17 @@ def test_what_is_drawn_is_the_mean_over_seeds(epochs, name, offset):
     np.testing.assert_allclose(drawn["residual"].get_xydata(), [[8, 0.41 + offset], [14, 0.42 + offset]])
 
 
+@pytest.mark.parametrize("scale", [0.0005, 0.003, 0.011, 0.05, 0.3])
+def test_the_ticks_of_the_gap_say_where_they_are(epochs, scale):
+    epochs["test_error"] = epochs["train_error"] + scale * (epochs["depth"] / epochs["depth"].max() - 0.4)
+    figure = plots.figures(epochs)["gap"]
+    figure.draw_without_rendering()
+    axis = figure.axes[0].yaxis
+    for position, label in zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True):
+        written = float(label.get_text().removesuffix("%").replace("\N{MINUS SIGN}", "-")) / 100
+        assert written == pytest.approx(position, abs=1e-9)
+
+
 def test_the_gap_is_test_minus_train(epochs):
     np.testing.assert_allclose(lines(plots.figures(epochs)["gap"])["plain"].get_ydata(), [0.05, 0.05])
 
