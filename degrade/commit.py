@@ -26,10 +26,14 @@ HEARTBEAT = 5.0  # seconds between the signs of life of whoever holds a lock
 
 
 class Holder(NamedTuple):
-    """The process that holds a lock; `pid` is 0 where its number cannot be told."""
+    """The process that holds a lock; `pid` is 0 where its number cannot be told.
+
+    `owner` is what it was told to hold the lock for; see `fence`.
+    """
 
     pid: int
     host: str
+    owner: str = ""
 
     def __str__(self) -> str:
         where = f" on {self.host}" if self.host not in ("", socket.gethostname()) else ""
@@ -43,13 +47,16 @@ class Held(Exception):
         super().__init__(f"held by {holder}")
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes, lock: "Lock | None" = None) -> None:
     """Replace `path` by `data`, wholly or not at all, also across a power cut.
+
+    Where a `lock` is given, only as long as it is in place.
 
     Raises:
         OSError: the old file is still there, and no other.
+        Failure: likewise; the lock has been taken away.
     """
-    _publish(os.replace, path, data)
+    _publish(os.replace, path, data, lock)
 
 
 def create_file(path: Path, data: bytes) -> bool:
@@ -73,8 +80,13 @@ def create_file(path: Path, data: bytes) -> bool:
     return True
 
 
-def _publish(how: Callable[[Path, Path], None], path: Path, data: bytes) -> None:
-    """Write the data under another name, then give them theirs by `how`; the order is what the promises rest on."""
+def _publish(how: Callable[[Path, Path], None], path: Path, data: bytes, lock: "Lock | None" = None) -> None:
+    """Write the data under another name, then give them theirs by `how`; the order is what the promises rest on.
+
+    A process whose lock was taken away (`fence`) publishes nothing, wherever in here it was frozen: it looks at
+    its lock once its partial file is there, and whoever took the lock removes partial files (`leavings`) after
+    that. So either it sees that the lock is gone, or what it would rename is.
+    """
     partial = path.with_name(f".{path.name[:20]}.{secrets.token_hex(4)}.partial")
     try:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -85,6 +97,8 @@ def _publish(how: Callable[[Path, Path], None], path: Path, data: bytes) -> None
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        if lock:
+            lock.check()
         how(partial, path)
     finally:
         if partial.exists():  # linked, or failed
@@ -125,28 +139,28 @@ def leavings(folder: Path) -> list[Path]:
     return sorted(folder.glob(".*.partial"))
 
 
-def write_checkpoint(folder: Path, step: int, data: bytes, *, epochs: int = 0) -> None:
-    """Commit `data` as the newest checkpoint in `folder`, then drop all but it and the one before.
+def write_checkpoint(folder: Path, step: int, data: bytes, *, epochs: int = 0, lock: "Lock | None" = None) -> None:
+    """Commit `data` as a checkpoint in `folder`, then drop what is older than it and the one before.
 
-    Later checkpoints go too: the run would have gone on from them, had they not been damaged.
+    What is later stays: whoever has written that has taken this run over.
 
     Args:
         folder: of the checkpoints of one run.
         step: updates done.
         data: the checkpoint.
         epochs: rows of the log so far. At the end of an epoch there is one more than before, at the same step.
+        lock: of the run, as in `write_file`.
     """
-    path = keep_checkpoint(folder, step, data, epochs=epochs)
+    path = keep_checkpoint(folder, step, data, epochs=epochs, lock=lock)
     older = [other for other in checkpoints(folder) if other.name <= path.name]
-    for other in checkpoints(folder):
-        if other not in older[:KEPT]:
-            remove(other)
+    for other in older[KEPT:]:
+        remove(other)
 
 
-def keep_checkpoint(folder: Path, step: int, data: bytes, *, epochs: int = 0) -> Path:
+def keep_checkpoint(folder: Path, step: int, data: bytes, *, epochs: int = 0, lock: "Lock | None" = None) -> Path:
     """Commit `data` as a checkpoint in `folder` like `write_checkpoint`, and drop none; its path."""
     path = folder / f"{step:09d}-{epochs:06d}-{hashlib.sha256(data).hexdigest()}.pt"
-    write_file(path, data)
+    write_file(path, data, lock)
     return path
 
 
@@ -177,10 +191,18 @@ class Lock:
 
     @property
     def in_place(self) -> bool:
-        """Whether its file is still the one at its path; where it was deleted, others may have taken the lock."""
-        with contextlib.suppress(FileNotFoundError):
-            return os.path.samestat(os.fstat(self.descriptor), os.stat(self.path))
-        return False
+        """Whether its file is still the one at its path; where it was deleted, others may have taken the lock.
+
+        The path is opened, since NFS answers that anew, but may answer `stat` from a minute ago.
+        """
+        try:
+            there = os.open(self.path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            return os.path.samestat(os.fstat(self.descriptor), os.fstat(there))
+        finally:
+            os.close(there)
 
     def check(self) -> None:
         """
@@ -188,14 +210,15 @@ class Lock:
             Failure: its file was deleted or replaced.
         """
         if not self.in_place:
-            raise Failure(f"{self.path} was deleted while it was held; nothing more is written")
+            raise Failure(f"{self.path} was taken away while it was held; nothing more is written")
 
 
 @contextlib.contextmanager
-def hold(path: Path, *, wait: bool = False) -> Iterator[Lock]:
+def hold(path: Path, *, wait: bool = False, owner: str = "") -> Iterator[Lock]:
     """Hold an exclusive lock on the file `path`, which is made if need be. The kernel frees it when the holder dies.
 
-    Its file says who holds it, and is touched every few seconds, so that others can tell a frozen holder.
+    Its file says who holds it, and for which `owner`, if that is said (a word). It is touched every few seconds,
+    so that others can tell a frozen holder.
 
     Raises:
         Held: another process has it, and `wait` is false.
@@ -211,10 +234,10 @@ def hold(path: Path, *, wait: bool = False) -> Iterator[Lock]:
                 raise _no_locks(path, "two can hold one at once")
             if not (held and lock.in_place):
                 continue  # whoever cleaned up here took the file as well
-            line = f"{os.getpid()} {socket.gethostname()}\n".encode()
+            line = f"{os.getpid()} {socket.gethostname()} {owner}".rstrip().encode() + b"\n"
             os.pwrite(descriptor, line, 0)
             os.truncate(descriptor, len(line))
-            threading.Thread(target=_beat, args=(path, ended), daemon=True).start()
+            threading.Thread(target=_beat, args=(lock, ended), daemon=True).start()
             yield lock
             return
         finally:
@@ -222,10 +245,26 @@ def hold(path: Path, *, wait: bool = False) -> Iterator[Lock]:
             os.close(descriptor)
 
 
-def _beat(path: Path, ended: threading.Event) -> None:
+def fence(path: Path, owner: str) -> None:
+    """Take the lock `path` away from whoever holds it for `owner`, and from nobody else.
+
+    That process may be out of reach: whatever it does from here on, it commits nothing more. The lock is free.
+    """
+    descriptor = os.open(path, os.O_RDONLY) if path.exists() else None
+    if descriptor is None:
+        return
+    try:
+        if _named(descriptor).owner == owner:
+            remove(path)
+    finally:
+        os.close(descriptor)
+
+
+def _beat(lock: Lock, ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT):
         with contextlib.suppress(OSError):  # a full disk, say, and it goes on once there is room
-            os.utime(path)
+            if lock.in_place:  # or it would speak for whoever holds the new one
+                os.utime(lock.path)
 
 
 def _lock(descriptor: int, path: Path, wait: bool) -> None:
@@ -270,5 +309,6 @@ def sign_of_life(path: Path) -> int:
 
 
 def _named(descriptor: int) -> Holder:
-    pid, _, host = os.pread(descriptor, 300, 0).partition(b"\n")[0].decode(errors="replace").partition(" ")
-    return Holder(int(pid) if pid.isdigit() else 0, host)
+    line = os.pread(descriptor, 300, 0).partition(b"\n")[0].decode(errors="replace")
+    pid, host, owner = (*line.split(" "), "", "")[:3]
+    return Holder(int(pid) if pid.isdigit() else 0, host, owner)

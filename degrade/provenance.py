@@ -15,7 +15,7 @@ import torch
 
 import degrade
 from degrade import store
-from degrade.commit import write_file
+from degrade.commit import Lock, write_file
 from degrade.engine.compiled import why_not
 from degrade.errors import Failure
 from degrade.log import Epoch
@@ -33,16 +33,19 @@ class Provenance:
         device: where it is to be trained.
         threads, compiled: how, unless it has begun otherwise.
         processes: that train it together.
+        lock: of the run, without which nothing is written.
 
     Raises:
         Failure: the file is damaged.
     """
 
-    def __init__(self, path: Path, device: str, threads: int, compiled: bool, processes: int = 1):
-        self.path = path
+    def __init__(
+        self, path: Path, device: str, threads: int, compiled: bool, processes: int = 1, lock: Lock | None = None
+    ):
+        self.path, self.lock = path, lock
         now = environment(device, threads, compiled) | {"processes": processes}
         if not path.exists():
-            write_file(path, store.to_json(now))
+            write_file(path, store.to_json(now), lock)
         self.recorded = store.read_json(path)
         self.before = dict(self.recorded)
         changes = self.before.pop("changes", [])
@@ -71,7 +74,7 @@ class Provenance:
         changed = {name: value for name, value in self.now.items() if self.before.get(name, value) != value}
         if changed:
             self.recorded["changes"] = [*self.recorded.get("changes", []), {"step": step} | changed]
-            write_file(self.path, store.to_json(self.recorded))
+            write_file(self.path, store.to_json(self.recorded), self.lock)
         told = [
             f"{name} was {self.before[name]}, is {changed[name]}{self.reasons.get(name, '')}"
             for name in changed

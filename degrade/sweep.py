@@ -313,7 +313,7 @@ def train_run(task: Task, device: str, group: Group = ALONE) -> Iterator[Progres
             raise Crowded(f"no room on {device}: {str(error).partition('. ')[0]}") from None
         except Exception as error:
             if not _passing(error):
-                commit.write_file(task.folder / store.ERROR, traceback.format_exc().encode())
+                commit.write_file(task.folder / store.ERROR, traceback.format_exc().encode(), lock)
             raise
 
 
@@ -362,12 +362,12 @@ def _train_run(task: Task, device: str, lock: commit.Lock, group: Group) -> Iter
     if (folder / store.ERROR).exists() and not task.retry:
         raise Failure(f"it has failed in another sweep: {run.error}")
     _tidy(folder)
-    provenance = Provenance(folder / store.ENVIRONMENT, device, task.threads, task.compiled, group.size)
+    provenance = Provenance(folder / store.ENVIRONMENT, device, task.threads, task.compiled, group.size, lock)
     prepare_process(provenance.threads, device)
     splits = load_splits(task.config, task.data_dir, device)
     group.tell(Shared(task, provenance.threads, provenance.compiled))
     training = Training(task.config, splits, device, compiled=provenance.compiled, group=group)
-    notes = [note for note in (*_restore(training, run), provenance.resume(training.step)) if note]
+    notes = [note for note in (*_restore(training, run, lock), provenance.resume(training.step)) if note]
     group.tell(training.state() if group.size > 1 else None)
     clock = Clock(folder / store.TIMING)
     last = training.epochs[-1] if training.epochs else None
@@ -417,8 +417,8 @@ def _tidy(folder: Path) -> None:
             commit.remove(path)
 
 
-def _restore(training: Training, run: Run) -> list[str]:
-    """Go on from the newest checkpoint that is sound, and say what there is to say.
+def _restore(training: Training, run: Run, lock: commit.Lock) -> list[str]:
+    """Go on from the newest checkpoint that is sound, and say what there is to say. Those that are not are removed.
 
     Raises:
         Failure: there is none, and log.csv is damaged: rows that could not be had again would be lost.
@@ -431,39 +431,44 @@ def _restore(training: Training, run: Run) -> list[str]:
             notes.append(f"{path.name} is damaged ({error})")
             damaged.append(path)
             continue
-        for other in damaged:  # or the next commit would keep it, and drop the one that is sound
-            commit.remove(other)
+        _remove(damaged)
         if run.problem:
             notes.append(f"{store.LOG} was damaged, and is written anew")
-        _write_log(run.folder, training.config, training.epochs)
+        _write_log(lock, training.config, training.epochs)
         return [*notes, f"going on from step {training.step}"] if notes else []
     if run.config.init not in INITS:
         raise Failure(f"{run.folder} has lost its initial weights; delete it, and degrade identity makes it again")
     if run.problem:
         raise Failure(f"{run.problem.rpartition('; ')[0]}; restore it, or delete it and a sweep trains the run again")
+    _remove(damaged)
     if run.epochs and not notes:
         notes.append("no checkpoint is left")
     return [*notes, "starting anew"] if notes else []
+
+
+def _remove(damaged: Sequence[Path]) -> None:
+    """Checkpoints that would count as the newest, though what is committed from here on is newer."""
+    for path in damaged:
+        commit.remove(path)
 
 
 def _commit(
     lock: commit.Lock, config: RunConfig, step: int, epochs: list[Epoch], state: Callable[[], bytes], timing: str
 ) -> None:
     folder = lock.path.parent
-    lock.check()
-    commit.write_checkpoint(folder / store.CHECKPOINTS, step, state(), epochs=len(epochs))
-    _write_log(folder, config, epochs)
-    commit.write_file(folder / store.TIMING, timing.encode())
+    commit.write_checkpoint(folder / store.CHECKPOINTS, step, state(), epochs=len(epochs), lock=lock)
+    _write_log(lock, config, epochs)
+    commit.write_file(folder / store.TIMING, timing.encode(), lock)
 
 
 def _keep(lock: commit.Lock, step: int, state: Callable[[], bytes], epochs: int) -> None:
     folder = lock.path.parent / store.SNAPSHOTS
-    lock.check()
     commit.make_folder(folder)
-    commit.keep_checkpoint(folder, step, state(), epochs=epochs)
+    commit.keep_checkpoint(folder, step, state(), epochs=epochs, lock=lock)
 
 
-def _write_log(folder: Path, config: RunConfig, epochs: list[Epoch]) -> None:
+def _write_log(lock: commit.Lock, config: RunConfig, epochs: list[Epoch]) -> None:
     """Bring log.csv in line with the checkpoint just committed."""
     if epochs:
-        commit.write_file(folder / store.LOG, to_csv(epochs, validation=config.val_images > 0).encode())
+        text = to_csv(epochs, validation=config.val_images > 0)
+        commit.write_file(lock.path.with_name(store.LOG), text.encode(), lock)

@@ -38,10 +38,10 @@ MUTATIONS = [
         "1",
         "the log is written before the checkpoint",
         "degrade/sweep.py",
-        "    commit.write_checkpoint(folder / store.CHECKPOINTS, step, state(), epochs=len(epochs))\n"
-        "    _write_log(folder, config, epochs)\n",
-        "    _write_log(folder, config, epochs)\n"
-        "    commit.write_checkpoint(folder / store.CHECKPOINTS, step, state(), epochs=len(epochs))\n",
+        "    commit.write_checkpoint(folder / store.CHECKPOINTS, step, state(), epochs=len(epochs), lock=lock)\n"
+        "    _write_log(lock, config, epochs)\n",
+        "    _write_log(lock, config, epochs)\n"
+        "    commit.write_checkpoint(folder / store.CHECKPOINTS, step, state(), epochs=len(epochs), lock=lock)\n",
         f"{CRASH}::test_killed_at_any_sync_point",
     ),
     Mutation(
@@ -73,9 +73,9 @@ MUTATIONS = [
         "3",
         "old checkpoints are dropped before the new one is there",
         "degrade/commit.py",
-        "    path = keep_checkpoint(folder, step, data, epochs=epochs)\n    older =",
+        "    path = keep_checkpoint(folder, step, data, epochs=epochs, lock=lock)\n    older =",
         "    for other in checkpoints(folder):\n        remove(other)\n"
-        "    path = keep_checkpoint(folder, step, data, epochs=epochs)\n    older =",
+        "    path = keep_checkpoint(folder, step, data, epochs=epochs, lock=lock)\n    older =",
         f"{CRASH}::test_any_call_may_fail",
     ),
     Mutation(

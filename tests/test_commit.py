@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import fcntl
 import multiprocessing
@@ -118,16 +119,11 @@ def test_a_checkpoint_on_a_bad_sector_is_not_read(tmp_path, monkeypatch):
         read_checkpoint(*checkpoints(tmp_path))
 
 
-def test_a_checkpoint_written_after_damage_is_the_newest_and_stays(tmp_path):
-    for step in (12, 16):
+def test_a_checkpoint_of_a_stale_writer_costs_no_later_one(tmp_path):
+    for step in (11, 12, 16, 17):
         write_checkpoint(tmp_path, step, b"state %d" % step)
-    max(tmp_path.iterdir()).write_bytes(b"damaged")
     write_checkpoint(tmp_path, 13, b"state 13")
-    assert [read_checkpoint(path) for path in checkpoints(tmp_path)] == [b"state 13", b"state 12"]
-    for path in tmp_path.iterdir():
-        path.write_bytes(b"damaged")
-    write_checkpoint(tmp_path, 5, b"state 5")  # started anew
-    assert [read_checkpoint(path) for path in checkpoints(tmp_path)] == [b"state 5"]
+    assert [read_checkpoint(path) for path in checkpoints(tmp_path)] == [b"state 17", b"state 16", b"state 13"]
 
 
 def test_at_one_step_the_checkpoint_with_more_epochs_is_the_newer(tmp_path):
@@ -177,7 +173,7 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
     assert holder(path) is None
     process = holding(path)
     try:
-        assert holder(path) == (process.pid, socket.gethostname())
+        assert holder(path) == Holder(process.pid, socket.gethostname())
         with pytest.raises(Held, match=f"held by process {process.pid}"), hold(path):
             pass
         os.kill(process.pid, signal.SIGSTOP)  # a frozen holder keeps it
@@ -265,10 +261,59 @@ def test_a_lock_whose_file_was_deleted_is_lost(tmp_path, how):
         path.unlink()
         if how == "replaced":
             path.touch()
-        with pytest.raises(Failure, match="was deleted while it was held"):
+        with pytest.raises(Failure, match="was taken away while it was held"):
             lock.check()
         with hold(path) as other:  # somebody else has it now
             other.check()
+
+
+def test_a_lock_is_taken_away_from_its_owner_alone(tmp_path):
+    path = tmp_path / "lock"
+    commit.fence(path, "sweep-1")  # nobody has it
+    with hold(path, owner="sweep-1") as lock:
+        assert holder(path) == Holder(os.getpid(), socket.gethostname(), "sweep-1")
+        commit.fence(path, "sweep-2")
+        lock.check()
+        commit.fence(path, "")
+        lock.check()
+        commit.fence(path, "sweep-1")
+        assert holder(path) is None
+        with hold(path, owner="sweep-1") as other:
+            for write in (write_file, create_file):
+                write(tmp_path / write.__name__, b"without a lock")
+            write_file(tmp_path / "log.csv", b"new", other)
+            with pytest.raises(Failure, match="was taken away"):
+                write_file(tmp_path / "log.csv", b"old", lock)
+            with pytest.raises(Failure, match="was taken away"):
+                write_checkpoint(tmp_path, 7, b"old", lock=lock)
+    assert (tmp_path / "log.csv").read_bytes() == b"new"
+    assert not checkpoints(tmp_path)
+    assert not leavings(tmp_path)
+
+
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "close", "fstat", "replace"])
+def test_a_writer_frozen_anywhere_publishes_nothing_once_its_lock_is_taken(tmp_path, monkeypatch, call):
+    """Before each call of its commit another process takes the run over, and ends it."""
+    path, lock_path = tmp_path / "log.csv", tmp_path / "lock"
+    for nth in range(3):
+        real, calls = getattr(os, call), iter(range(9))
+
+        def frozen(*arguments, real=real, calls=calls, nth=nth, **options):
+            if next(calls) == nth:
+                monkeypatch.undo()
+                commit.fence(lock_path, "sweep")
+                with hold(lock_path, owner="sweep") as theirs:
+                    for partial in leavings(tmp_path):
+                        commit.remove(partial)
+                    write_file(path, b"new", theirs)
+            return real(*arguments, **options)
+
+        with hold(lock_path, owner="sweep") as lock:
+            monkeypatch.setattr(os, call, frozen)
+            with contextlib.suppress(Failure, FileNotFoundError):
+                write_file(path, b"old", lock)
+            monkeypatch.undo()
+        assert path.read_bytes() == (b"new" if next(calls) > nth else b"old")
 
 
 def test_a_lock_taken_just_as_its_file_is_deleted_is_taken_again(tmp_path, monkeypatch):
