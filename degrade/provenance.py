@@ -120,7 +120,7 @@ def environment(device: str, threads: int, compiled: bool) -> dict[str, Any]:
     values = {
         "degrade": degrade.__version__,
         "commit": _git_commit(),
-        "code": _code(),
+        "code": code(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": f"{platform.system()}-{platform.machine()}",
@@ -147,7 +147,7 @@ def _cpu_model() -> str:
 
 
 @lru_cache(1)
-def _code() -> str:
+def code() -> str:
     """Twelve digits of a SHA-256 of the package's sources."""
     package = Path(degrade.__file__).parent
     digest = hashlib.sha256()

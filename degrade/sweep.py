@@ -1,28 +1,34 @@
 """A sweep: the grid of runs, less what is finished, executed and stored."""
 
+import contextlib
 import errno
 import gc
+import heapq
+import secrets
+import shutil
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from degrade import commit, store
 from degrade.config import INITS, RunConfig
+from degrade.data import default_data_dir, fetch
 from degrade.engine.compiled import why_not
 from degrade.engine.group import ALONE, Group
 from degrade.engine.process import cores, prepare_process
 from degrade.errors import Failure
 from degrade.execute import Crowded, Event
 from degrade.execute.local import execute
+from degrade.execute.remote import Engine, execute_elsewhere
 from degrade.log import Epoch, to_csv
 from degrade.nets import FAMILIES
 from degrade.provenance import Clock, Provenance
@@ -33,6 +39,7 @@ REPORT_SECONDS = 0.25
 COMPILED_FROM = 30e12  # floating-point operations of a run: minutes on a core, and compiling costs ten seconds or so
 MAX_PACK = 10  # the nets of the paper
 SILENCE = 60.0  # seconds without a sign of life, after which a process that has a run counts as frozen
+JOBS = ".jobs-"  # and a sweep's name: the folder in a study's for what its jobs elsewhere have to say
 
 
 class Progress(NamedTuple):
@@ -42,23 +49,41 @@ class Progress(NamedTuple):
     epoch: Epoch | None
     notes: tuple[str, ...] = ()
 
+    def plain(self) -> list[Any]:
+        """What JSON can hold."""
+        return [self.step, list(astuple(self.epoch)) if self.epoch else None, list(self.notes)]
+
+    @classmethod
+    def of(cls, plain: list[Any]) -> "Progress":
+        """The inverse of `plain`."""
+        step, epoch, notes = plain
+        return cls(step, Epoch(*epoch) if epoch else None, tuple(notes))
+
 
 @dataclass(frozen=True)
 class Task:
-    """One run, as it is handed to whatever process trains it. Without `commit_seconds`, the device decides them.
+    """One run, as it is handed to whatever process trains it.
 
-    `retry`: even if it has failed. `snapshots`: the steps whose weights are kept.
+    Args:
+        study, folder, config: of the run.
+        data_dir: where the data are; None for the default of the machine that trains it.
+        threads, compiled: how, where it begins anew.
+        commit_seconds: between commits; None where the device decides.
+        retry: even if it has failed.
+        snapshots: the steps whose weights are kept.
+        owner: the sweep that it is trained for, which can take it away from a process that is out of reach.
     """
 
     study: str
     folder: Path
     config: RunConfig
-    data_dir: Path
+    data_dir: Path | None
     threads: int
     compiled: bool = False
     commit_seconds: float | None = None
     retry: bool = False
     snapshots: tuple[int, ...] = ()
+    owner: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +94,7 @@ class Machine:
         device: "cpu", "cuda" (every GPU), "cuda:1", "mps", ...
         jobs: processes side by side.
         threads: CPU threads each.
-        pack: runs at a time in each process.
+        pack: runs at a time in each process; 0 for as many as fit where they are trained.
         compiled: "on"; "off"; or "auto", which compiles the long runs.
     """
 
@@ -142,11 +167,7 @@ def resolve_machine(
     Raises:
         ValueError: jobs, threads or pack below 1 or above 1024, or no compiler where one was asked for.
     """
-    for name, value in (("jobs", jobs), ("threads", threads), ("pack", pack)):
-        if value is not None and not 1 <= value <= 1024:
-            raise ValueError(f"{name} must be from 1 to 1024; got {value}")
-    if compiled not in ("auto", "on", "off"):
-        raise ValueError(f"compile must be auto, on or off; got {compiled!r}")
+    check_counts(jobs=jobs, threads=threads, pack=pack, compiled=compiled)
     runs = max(len(configs), 1)
     if jobs is None:
         gpus = torch.cuda.device_count() if device == "cuda" else 1
@@ -162,6 +183,18 @@ def resolve_machine(
             raise ValueError(f"compile on needs a compiler that works: {reason}")
         machine, note = replace(machine, compiled="off"), f"not compiled, since that does not work here: {reason}"
     return machine, note
+
+
+def check_counts(*, compiled: str, **counts: int | None) -> None:
+    """
+    Raises:
+        ValueError: a count below 1 or above 1024, or no such way to compile.
+    """
+    for name, value in counts.items():
+        if value is not None and not 1 <= value <= 1024:
+            raise ValueError(f"{name} must be from 1 to 1024; got {value}")
+    if compiled not in ("auto", "on", "off"):
+        raise ValueError(f"compile must be auto, on or off; got {compiled!r}")
 
 
 def gpu_pack(device: str, configs: Sequence[RunConfig]) -> int:
@@ -214,13 +247,16 @@ def sweep(
     study: Study,
     runs: Sequence[Run],
     machine: Machine,
-    data_dir: Path,
+    data_dir: Path | None,
     *,
     commit_seconds: float | None = None,
     snapshots: Sequence[int] = (),
     group: Group = ALONE,
+    engine: Engine | None = None,
 ) -> Iterator[tuple[Run, Event]]:
     """Train `runs`, from their newest checkpoints where there are any, and store the results.
+
+    On this machine, or on those of an `engine`, which see the study's folder at the same path.
 
     Another sweep may be at work in the study. Each run is trained by whoever comes first; here the others'
     are waited for, and taken over should their process end before they do.
@@ -231,6 +267,7 @@ def sweep(
     """
     study.create([run.config for run in runs])
     todo, held = list(runs), _Elsewhere()
+    owner = secrets.token_hex(8)
     while todo:
         tasks = [
             Task(
@@ -243,11 +280,16 @@ def sweep(
                 commit_seconds,
                 retry=run.status == "failed",
                 snapshots=tuple(snapshots),
+                owner=owner,
             )
             for run in todo
         ]
-        function = train_run if group.size == 1 else partial(train_run, group=group)
-        for event in execute(function, tasks, machine.places, machine.pack):
+        if engine:
+            events = _train_elsewhere(engine, tasks, machine, study.folder.absolute() / f"{JOBS}{owner}")
+        else:
+            function = train_run if group.size == 1 else partial(train_run, group=group)
+            events = execute(function, tasks, machine.places, machine.pack)
+        for event in events:
             run = todo[event.item]
             if event.kind == "failed" and event.value.type == commit.Held.__name__:
                 held.add(run)
@@ -260,6 +302,61 @@ def sweep(
     for run in held.runs:
         left = f"left to {run.holder or 'its process'}, which has shown no sign of life for {SILENCE:.0f} s"
         yield run, Event(0, "held", left)
+
+
+def _train_elsewhere(engine: Engine, tasks: Sequence[Task], machine: Machine, folder: Path) -> Iterator[Event]:
+    """Train the runs on an engine's machines; `folder` is for what these have to say."""
+    tasks = [replace(task, folder=task.folder.absolute()) for task in tasks]
+    place = "cuda:0" if machine.device == "cuda" else machine.device  # a job sees its own GPU alone
+    commit.make_folder(folder)
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_jobs, folder.parent)
+        stack.enter_context(commit.hold(folder / "driver"))
+        for event in execute_elsewhere(
+            engine,
+            run_elsewhere,
+            tasks,
+            shares(tasks, machine),
+            folder,
+            place=place,
+            pack=machine.pack or fitting,
+            lost=lambda task: commit.fence(task.folder / store.LOCK, task.owner),
+        ):
+            yield event._replace(value=Progress.of(event.value)) if event.kind == "value" else event
+
+
+def _remove_jobs(study: Path) -> None:
+    """Remove what jobs had to say in sweeps that are over, or were killed."""
+    for folder in study.glob(f"{JOBS}*"):
+        if not commit.holder(folder / "driver"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def shares(tasks: Sequence[Task], machine: Machine) -> list[list[int]]:
+    """The numbers of the runs of each job: one, or on a GPU that packs them all that fall to it, the longest first."""
+    if machine.pack == 1:
+        return [[i] for i in range(len(tasks))]
+    loads: list[tuple[float, int, list[int]]] = [(0.0, job, []) for job in range(min(machine.jobs, len(tasks)))]
+    for i in sorted(range(len(tasks)), key=lambda i: -training_flops(tasks[i].config)):
+        load, job, share = heapq.heappop(loads)
+        heapq.heappush(loads, (load + training_flops(tasks[i].config), job, [*share, i]))
+    return [share for _, _, share in sorted(loads, key=lambda load: load[1])]
+
+
+def fitting(device: str, tasks: Sequence[Task]) -> int:
+    """How many of the runs fit beside each other where they are to be trained."""
+    return gpu_pack(device, [task.config for task in tasks]) if device.startswith("cuda") else 1
+
+
+def run_elsewhere(task: Task, device: str) -> Iterator[list[Any] | None]:
+    """As `train_run`, on a machine of which nothing is known yet; what it yields is what JSON can hold."""
+    precision, data_dir = task.config.precision, task.data_dir or default_data_dir()
+    if not has_precision(device, precision):
+        raise Failure(f"there is no {precision} on {device}; name another --precision, and another --study")
+    fetch(task.config.dataset, data_dir)
+    compiled = task.compiled and not why_not(device)
+    for progress in train_run(replace(task, data_dir=data_dir, compiled=compiled), device):
+        yield progress.plain() if progress else None
 
 
 class _Elsewhere:
@@ -303,7 +400,7 @@ def train_run(task: Task, device: str, group: Group = ALONE) -> Iterator[Progres
         Exception: anything else. Unless it came of a lack of disk or memory, the run has failed, and its traceback
             is in error.txt.
     """
-    with commit.hold(task.folder / store.LOCK) as lock:
+    with commit.hold(task.folder / store.LOCK, owner=task.owner) as lock:
         try:
             yield from _train_run(task, device, lock, group)
         except (OSError, Failure):

@@ -199,7 +199,7 @@ class SweepView:
     def __init__(self, console: Console, runs: Sequence[Run], seconds: Mapping[str, float], jobs: int):
         self.console = console
         self.jobs = jobs
-        self.rows = {run.folder: _Row(run.config, seconds[run.config.run_id]) for run in runs}
+        self.rows = {run.folder: _Row(run.config, seconds.get(run.config.run_id)) for run in runs}
         self.live = Live(console=console, refresh_per_second=4, get_renderable=self._render)
 
     def __enter__(self) -> "SweepView":
@@ -223,6 +223,9 @@ class SweepView:
         elif event.kind in ("failed", "held"):
             row.state = {"failed": "failed", "held": "elsewhere"}[event.kind]
             self.line(f"{row.label}: {event.value}")
+        elif event.kind == "lost":
+            row.state = "waiting"
+            self.line(f"{row.label}: {event.value}; starting it again")
         elif event.kind == "waiting":
             row.state = "waiting"
             self.line(f"{row.label}: no room beside the others; {event.value} at a time from here on")
@@ -248,20 +251,20 @@ class SweepView:
         for row in shown:
             table.add_row(*row.cells(length))
         done = sum(not row.active for row in rows)
-        left = sum(row.seconds_left for row in rows) / self.jobs
-        left = max([left, *(row.seconds_left for row in rows)])
-        ahead = f", about {duration(left)} left" if done < len(rows) else ""
+        known = [seconds for row in rows if (seconds := row.seconds_left) is not None]
+        left = max([sum(known) / self.jobs, *known], default=0.0)
+        ahead = f", about {duration(left)} left" if done < len(rows) == len(known) else ""
         return Group(table, Text(f"{done} of {len(rows)} runs ended{ahead}", "bold"))
 
 
 class _Row:
     """One run in the view."""
 
-    def __init__(self, config: RunConfig, seconds: float):
+    def __init__(self, config: RunConfig, seconds: float | None):
         self.label = label(config)
         self.steps = config.steps
         self.epochs = config.epochs
-        self.seconds = seconds  # of the whole run, as estimated
+        self.seconds = seconds  # of the whole run, as estimated; None where nothing is known
         self.state = "waiting"
         self.step = 0
         self.last: Epoch | None = None
@@ -282,20 +285,21 @@ class _Row:
         return ended and not first
 
     @property
-    def seconds_left(self) -> float:
+    def seconds_left(self) -> float | None:
+        """None where that cannot be told."""
         if not self.active:
             return 0.0
         if self.start and self.step > self.start[1]:
             rate = (time.monotonic() - self.start[0]) / (self.step - self.start[1])
             return rate * (self.steps - self.step)
-        return self.seconds * (1 - self.step / self.steps)
+        return None if self.seconds is None else self.seconds * (1 - self.step / self.steps)
 
     def line(self) -> str:
         assert self.last is not None  # only called at the end of an epoch
         return (
             f"epoch {self.last.epoch}/{self.epochs}  step {self.step}/{self.steps}  "
             f"train {percent(self.last.train_error)}  test {percent(self.last.test_error)}  "
-            + ("done" if self.step == self.steps else f"{duration(self.seconds_left)} left")
+            + ("done" if self.step == self.steps else f"{duration(self.seconds_left or 0)} left")
         )
 
     def cells(self, length: int = 14) -> tuple[RenderableType, ...]:

@@ -98,8 +98,8 @@ MUTATIONS = [
         "5",
         "no file is synced",
         "degrade/commit.py",
-        "            os.fsync(descriptor)\n        finally:\n            os.close(descriptor)\n        how(",
-        "        finally:\n            os.close(descriptor)\n        how(",
+        "            os.fsync(descriptor)\n        finally:\n            os.close(descriptor)\n        if lock",
+        "        finally:\n            os.close(descriptor)\n        if lock",
         f"{CRASH}::test_power_is_cut_after_any_operation",
     ),
     Mutation(

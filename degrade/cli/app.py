@@ -24,6 +24,7 @@ from degrade.stopping import Stopped
 
 if TYPE_CHECKING:
     from degrade.engine.group import Group
+    from degrade.execute.remote import Engine
     from degrade.sweep import Machine
 
 UsageError: type[Any] = typer.BadParameter.__mro__[1]  # of the click that typer uses, whichever that is
@@ -340,24 +341,29 @@ def train_live(
     study: store.Study,
     runs: Sequence[store.Run],
     machine: "Machine",
-    data_dir: Path,
+    data_dir: Path | None,
     seconds: Mapping[str, float],
     snapshots: Sequence[int] = (),
     group: "Group | None" = None,
+    engine: "Engine | None" = None,
 ) -> None:
-    """Train the runs, shown live; `seconds` are those that each whole run will take, by run id."""
+    """Train the runs, shown live; `seconds` are those that each whole run will take, by run id, as far as is known."""
     from degrade.engine.group import ALONE
     from degrade.sweep import sweep
 
-    with terminal.SweepView(console, runs, seconds, machine.jobs * machine.pack) as view:
-        for run, event in sweep(study, runs, machine, data_dir, snapshots=snapshots, group=group or ALONE):
+    with terminal.SweepView(console, runs, seconds, machine.jobs * max(machine.pack, 1)) as view:
+        for run, event in sweep(
+            study, runs, machine, data_dir, snapshots=snapshots, group=group or ALONE, engine=engine
+        ):
             view.show(run, event)
 
 
 def how(machine: "Machine") -> str:
-    jobs, threads = count(machine.jobs * machine.pack, "run"), count(machine.threads, "thread")
+    threads = count(machine.threads, "thread")
+    if not machine.pack:
+        return f"{machine.device}, {count(machine.jobs, 'job')}, in each as many runs as fit, {threads} each"
     packed = f" ({machine.pack} to a process)" if machine.pack > 1 else ""
-    return f"{machine.device}, {jobs} at a time{packed}, {threads} each"
+    return f"{machine.device}, {count(machine.jobs * machine.pack, 'run')} at a time{packed}, {threads} each"
 
 
 def check_precision(precision: str, device: str) -> None:

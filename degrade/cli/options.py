@@ -75,8 +75,8 @@ def numbers_of(text: str, usual: Iterable[str] = (), **more: Any) -> Any:
     return typer.Option(metavar="N,...", autocompletion=_listed(usual), help=text, **more)
 
 
-def auto_or_number(text: str) -> Any:
-    return typer.Option(metavar="N", autocompletion=_among(["auto"]), help=text)
+def auto_or_number(text: str, *flags: str) -> Any:
+    return typer.Option(*flags, metavar="N", autocompletion=_among(["auto"]), help=text)
 
 
 Results = Annotated[Path, argument("RESULTS", "A folder of results: of one study, or of several.")]

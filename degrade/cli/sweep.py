@@ -3,7 +3,8 @@
 import math
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -14,16 +15,16 @@ from degrade import store, terminal
 from degrade.cli.app import (
     Plain,
     app,
+    auto,
     channels,
-    check_precision,
     configs_of,
     count,
     dataset_named,
     distinct,
     how,
     leave,
-    machine_of,
     names,
+    note,
     numbers,
     say,
     say_errors,
@@ -39,12 +40,12 @@ from degrade.cli.options import (
     DataDir,
     Device,
     ImageSize,
-    Jobs,
     Out,
     Pack,
     SkipBroken,
     Threads,
     argument,
+    auto_or_number,
     list_of,
     numbers_of,
     one_of,
@@ -73,12 +74,15 @@ from degrade.stopping import stopping
 
 if TYPE_CHECKING:
     from degrade.engine.group import Group
+    from degrade.machines import Machines
     from degrade.sweep import Machine
 
 LONG = 12 * 3600  # seconds, from which on a shorter protocol is pointed out
 MAX_STUDIES = 100
 AUGMENT_WORDS = tuple(dict.fromkeys(word for words in AUGMENTS.values() for word in words))
 FIELDS = {"rich_help_panel": "Fields of the protocol, each of which can be overridden"}
+CLUSTER = {"rich_help_panel": "On a cluster"}
+EXECUTORS = ("local", "ray", "slurm")
 SWEEP_FIELDS = ("depths", "blocks", "seeds", "dataset", "image_size", "protocol", "study", "grid")
 
 
@@ -128,7 +132,9 @@ def sweep(
     image_size: ImageSize = None,
     skip_broken: SkipBroken = False,
     device: Device = "auto",
-    jobs: Jobs = "auto",
+    jobs: Annotated[
+        str, auto_or_number("Processes at a time; auto: one a core, or one a GPU.", "--jobs", "--max-jobs")
+    ] = "auto",
     threads: Threads = "auto",
     pack: Pack = "auto",
     compiled: Compiled = "auto",
@@ -138,6 +144,34 @@ def sweep(
     grid: Annotated[
         list[str] | None,
         option("FIELD=X,...", "A study for each value of a field: lr=0.1,0.05. Given again: all combinations."),
+    ] = None,
+    executor: Annotated[
+        str, one_of(EXECUTORS, "local, this machine; ray or slurm, a cluster that shares the folder --out.", **CLUSTER)
+    ] = "local",
+    address: Annotated[
+        str | None,
+        option(
+            "ADDRESS",
+            "Of Ray: auto, HOST:PORT or ray://HOST:PORT.",
+            ["auto", "ray://"],
+            show_default="one on this machine, for this sweep",
+            **CLUSTER,
+        ),
+    ] = None,
+    partition: Annotated[
+        str | None, option("NAME", "Of SLURM, for the jobs.", show_default="the cluster's own", **CLUSTER)
+    ] = None,
+    time: Annotated[
+        str | None,
+        option(
+            "TIME",
+            "Of each SLURM job (30, 8:00:00); what needs longer is put into the queue again, and goes on.",
+            show_default="60 minutes",
+            **CLUSTER,
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None, option("N", "Of each SLURM job: 1, which its runs share, or 0.", show_default="0", **CLUSTER)
     ] = None,
     steps: Annotated[int | None, option("N", "Updates; milestones move to half and 3/4.", **FIELDS)] = None,
     batch_size: Annotated[int | None, option("N", "Images an update.", **FIELDS)] = None,
@@ -255,32 +289,42 @@ def sweep(
             raise ValueError(f"--snapshots must be steps from 0 to {config.steps:,}; got {snapshots}")
         study_folder(out, asked.name)
 
-    from degrade import sweep as engine
+    from degrade import machines
+    from degrade.sweep import find_runs
 
-    device = engine.resolve_device(device)
-    studies = _studies(wanted, axes, engine.default_precision(device))
-    plans = []
-    for asked in studies:
-        chosen, configs = _open(study_folder(out, asked.name), asked, nets, device)
-        if group:
-            check_shares(configs[0], group)
-        runs = engine.find_runs(chosen, configs, glance=dry_run)
-        passed_over = [*store.FINISHED, *([] if retry_failed else ["failed"])]
-        todo = [run for run in runs if run.status not in passed_over]
-        machine = machine_of(device, configs if todo else [], jobs, threads, pack, compiled)
-        compiled = machine.compiled  # if that does not work here, it is said once
-        plans.append(Plan(chosen, configs, runs, todo, machine))
-    share = group.size if group else 1  # of each batch is this process's
-    seconds = {run: whole / share for run, whole in _estimate(plans).items()}
-    _print_plans(plans, seconds)
-    if not dry_run:
-        _train([plan for plan in plans if plan.todo], data_dir, seconds, kept, group)
+    with machines.join(executor, address=address, partition=partition, time=time, gpus=gpus) as there:
+        device = there.device(device)
+        plans = []
+        for asked in _studies(wanted, axes, there.precision(device, None)):
+            chosen, configs = _open(study_folder(out, asked.name), asked, nets, partial(there.precision, device))
+            if group:
+                check_shares(configs[0], group)
+            runs = find_runs(chosen, configs, glance=dry_run)
+            passed_over = [*store.FINISHED, *([] if retry_failed else ["failed"])]
+            todo = [run for run in runs if run.status not in passed_over]
+            machine, missing = there.machine(
+                device,
+                configs if todo else [],
+                auto(jobs, "--jobs"),
+                auto(threads, "--threads"),
+                auto(pack, "--pack"),
+                compiled,
+            )
+            if missing:
+                note(missing)
+            compiled = machine.compiled  # if that does not work here, it is said once
+            plans.append(Plan(chosen, configs, runs, todo, machine))
+        share = group.size if group else 1  # of each batch is this process's
+        seconds = {run: whole / share for run, whole in _estimate(plans, there).items()}
+        _print_plans(plans, seconds, there)
+        if not dry_run:
+            _train([plan for plan in plans if plan.todo], there, out, data_dir, seconds, kept, group)
     if group:
         group.tell(None)  # that there is no more
         group.leave()
     if dry_run:
         return
-    _print_results([plan._replace(runs=engine.find_runs(plan.study, plan.configs)) for plan in plans], out)
+    _print_results([plan._replace(runs=find_runs(plan.study, plan.configs)) for plan in plans], out)
 
 
 def _wanted(
@@ -357,32 +401,32 @@ def _studies(wanted: dict[str, Any], axes: Mapping[str, list[Any]], usual: str =
     return studies
 
 
-def _open(folder: Path, asked: Asked, nets: dict[str, list[Any]], device: str) -> tuple[store.Study, list[RunConfig]]:
+def _open(
+    folder: Path, asked: Asked, nets: dict[str, list[Any]], precision_of: Callable[[str | None], str]
+) -> tuple[store.Study, list[RunConfig]]:
     """The study, be it there or not yet, and the configurations of the runs asked for.
+
+    `precision_of` gives the precision of where they are trained, of the one asked for.
 
     Raises:
         ValueError: the study that is there has another protocol.
     """
-    from degrade.sweep import default_precision
-
     there = store.Study.open(folder) if (folder / store.STUDY).exists() else None
     if there and there.imported:
         raise ValueError(
             f"study {there.name} holds imported runs; give this sweep a study of its own with --study NAME"
         )
-    precision = there.shared["precision"] if there else default_precision(device)
+    precision = there.shared["precision"] if there else precision_of(None)
     fields = protocol_fields(asked.protocol, {"precision": precision} | asked.fields, asked.dataset)
     configs = configs_of(nets, asked.dataset, fields)
-    check_precision(configs[0].precision, device)
+    precision_of(configs[0].precision)
     study = there or store.Study(folder, folder.name, asked.protocol, configs[0].shared())
     study.check(configs)
     return study, configs
 
 
-def _estimate(plans: Sequence[Plan]) -> dict[str, float]:
-    """Seconds each whole run to train will take, by run id. What trains alike is timed once."""
-    from degrade import bench
-
+def _estimate(plans: Sequence[Plan], there: "Machines") -> dict[str, float]:
+    """Seconds each whole run to train will take, by run id, if that can be told. What trains alike is timed once."""
     alike: dict[Any, list[RunConfig]] = {}
     for plan in plans:
         for config in (run.config for run in plan.todo):
@@ -390,11 +434,11 @@ def _estimate(plans: Sequence[Plan]) -> dict[str, float]:
             alike.setdefault(key, []).append(config)
     seconds: dict[str, float] = {}
     for (machine, *_), configs in alike.items():
-        seconds |= bench.estimate(configs, machine)
+        seconds |= there.estimate(configs, machine)
     return seconds
 
 
-def _print_plans(plans: Sequence[Plan], seconds: dict[str, float]) -> None:
+def _print_plans(plans: Sequence[Plan], seconds: dict[str, float], there: "Machines") -> None:
     """The run table of each study and about how long all will take; `seconds` as `_estimate` gives it."""
     from degrade import bench
 
@@ -405,11 +449,14 @@ def _print_plans(plans: Sequence[Plan], seconds: dict[str, float]) -> None:
             for run in plan.runs
             if run.config.run_id in seconds and run.status != "running"
         }
-        say(f"Study {plan.study.folder}: {count(len(plan.runs), 'run')}, {len(left)} to train")
+        todo = [run for run in plan.todo if run.status != "running"]
+        say(f"Study {plan.study.folder}: {count(len(plan.runs), 'run')}, {len(todo)} to train")
         say_table(terminal.plan_table(plan.runs, left))
+        if todo and not left:
+            say(f"On {there.name}: {how(plan.machine)}")
         if left:
             wall = bench.makespan(list(left.values()), plan.machine.jobs)  # packing shares one GPU: it gains, how much?
-            say(f"About {terminal.duration(wall)} on this machine: {how(plan.machine)}")
+            say(f"About {terminal.duration(wall)} on {there.name}: {how(plan.machine)}")
             total, steps = total + wall, max(steps, plan.configs[0].steps)
     if len(plans) > 1 and total:
         say(f"In all about {terminal.duration(total)}, the {len(plans)} studies one after the other")
@@ -420,21 +467,20 @@ def _print_plans(plans: Sequence[Plan], seconds: dict[str, float]) -> None:
 
 def _train(
     plans: Sequence[Plan],
+    there: "Machines",
+    out: Path,
     data_dir: Path | None,
     seconds: dict[str, float],
     kept: Sequence[int],
     group: "Group | None",
 ) -> None:
     """Fetch the data of all studies, and train one after the other, shown live."""
-    from degrade import data
-
-    folder = data_dir or data.default_data_dir()
-    for dataset in dict.fromkeys(str(plan.study.shared["dataset"]) for plan in plans):
-        data.fetch(dataset, folder)
+    if plans:
+        there.prepare(out, list(dict.fromkeys(str(plan.study.shared["dataset"]) for plan in plans)), data_dir)
     for plan in plans:
         if len(plans) > 1:
             say(f"Study {plan.study.folder}")
-        train_live(plan.study, plan.todo, plan.machine, folder, seconds, kept, group)
+        train_live(plan.study, plan.todo, plan.machine, data_dir, seconds, kept, group, there.engine)
 
 
 def _print_results(plans: Sequence[Plan], out: Path) -> None:

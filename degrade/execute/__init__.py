@@ -9,13 +9,15 @@ class Event(NamedTuple):
     Args:
         item: its place in the list of items.
         kind: "started"; "value", something its generator yielded; "done"; "failed"; "waiting", where there was
-            no room for it beside the others, and it will be started again; or "held", which no executor says, but
-            a sweep that has found another process at work on the item.
-        value: what was yielded, the `Error` of a failed item, how many fit beside each other, or who holds it.
+            no room for it beside the others, and it will be started again; "lost", where whatever ran it is out of
+            reach, and it will be started again; or "held", which no executor says, but a sweep that has found
+            another process at work on the item.
+        value: what was yielded, the `Error` of a failed item, how many fit beside each other, how it was lost, or who
+            holds it.
     """
 
     item: int
-    kind: Literal["started", "value", "done", "failed", "waiting", "held"]
+    kind: Literal["started", "value", "done", "failed", "waiting", "lost", "held"]
     value: Any = None
 
 

@@ -1,0 +1,208 @@
+"""Ray as an engine: core tasks, on a cluster that is there or on one of this machine that ends with the sweep."""
+
+import os
+import secrets
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from degrade.errors import Failure
+from degrade.execute.remote import Job
+
+PATIENCE = 300.0  # seconds for what is asked of every node before the first run
+LOOPBACK = ("127.", "localhost", "[::1]", "::1")
+
+
+class Node(NamedTuple):
+    """A machine of the cluster."""
+
+    id: str
+    name: str
+    cpus: int
+    gpus: int
+
+
+class Ray:
+    """A cluster that this process has joined; see `join`.
+
+    Args:
+        cpus, gpus: of each job; set them, and how many there are `at_once`, before the first is submitted.
+    """
+
+    def __init__(self) -> None:
+        import ray
+
+        self.ray = ray
+        self.cpus, self.gpus = 1, 0
+        self.at_once: int | None = None
+        self._lost: set[str] = set()
+
+    @property
+    def nodes(self) -> list[Node]:
+        """Those that are alive and have CPUs to give."""
+        nodes = []
+        for node in self.ray.nodes():  # type: ignore[no-untyped-call]
+            resources = node.get("Resources", {})
+            if node["Alive"] and resources.get("CPU", 0) >= 1:
+                name = node.get("NodeManagerHostname") or node["NodeManagerAddress"]
+                nodes.append(Node(node["NodeID"], name, int(resources["CPU"]), int(resources.get("GPU", 0))))
+        return sorted(nodes, key=lambda node: (node.name, node.id))
+
+    def everywhere(self, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE) -> dict[Node, Any]:
+        """What the function gives on each node.
+
+        Raises:
+            Failure: it fails on a node, or gives nothing for so many seconds.
+        """
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        refs = {
+            node: self._remote(
+                function, num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, False)
+            ).remote(*arguments)
+            for node in self.nodes
+        }
+        return {node: self._get(ref, f"node {node.name}", patience) for node, ref in refs.items()}
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What the function gives where a job would run.
+
+        Raises:
+            Failure: it fails there, or there is no room for minutes.
+        """
+        return self._get(self._remote(function, num_cpus=self.cpus, num_gpus=self.gpus).remote(*arguments), "Ray")
+
+    def _remote(self, function: Callable[..., Any], **options: Any) -> Any:
+        """A process of its own for each call; what becomes of it is seen to here, not by Ray."""
+        return self.ray.remote(max_calls=1, max_retries=0, **options)(function)
+
+    def _get(self, ref: Any, where: str, patience: float = PATIENCE) -> Any:
+        try:
+            return self.ray.get(ref, timeout=patience)
+        except self.ray.exceptions.RayTaskError as error:
+            raise Failure(f"{where}: {_line(error.cause)}") from None
+        except self.ray.exceptions.GetTimeoutError:
+            self.ray.cancel(ref, force=True)
+            raise Failure(f"{where} has given no answer for {patience:.0f} s; is there room for a job?") from None
+        except self.ray.exceptions.RayError as error:
+            raise Failure(f"{where}: {_line(error)}") from None
+
+    def submit(self, jobs: Sequence[Job]) -> list[Any]:
+        task = self._remote(_run, num_cpus=self.cpus, num_gpus=self.gpus, scheduling_strategy="SPREAD")
+        return [task.remote(job, self.gpus) for job in jobs]
+
+    def state(self, handle: Any) -> str | None:
+        if not self.ray.wait([handle], timeout=0)[0]:
+            return None
+        try:
+            self.ray.get(handle)
+        except self.ray.exceptions.RayTaskError as error:
+            return _line(error.cause)
+        except self.ray.exceptions.RayError as error:
+            return _line(error)
+        return ""
+
+    def is_waiting(self, handle: Any) -> bool:
+        return False  # which cannot be told from one that runs
+
+    def losses(self) -> int:
+        nodes = self.ray.nodes()  # type: ignore[no-untyped-call]
+        self._lost |= {node["NodeID"] for node in nodes if not node["Alive"]}
+        return len(self._lost)
+
+    def cancel(self, handles: Sequence[Any]) -> None:
+        for handle in handles:
+            self.ray.cancel(handle, force=True)
+
+
+def _run(job: Job, gpus: int) -> None:
+    if not gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides none from those that ask for none
+    job()
+
+
+def _line(error: BaseException) -> str:
+    """What has happened, without what Ray advises."""
+    name = type(error).__name__
+    known = {
+        "WorkerCrashedError": "its process has died",
+        "NodeDiedError": "its node has died",
+        "OutOfMemoryError": "its process was ended by Ray, since its node was short of memory",
+        "TaskCancelledError": "it was cancelled",
+    }
+    return known.get(name) or f"{name}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def needs_token(address: str) -> bool:
+    """Whether others than this machine's could reach the cluster."""
+    return not address.removeprefix("ray://").startswith(LOOPBACK)
+
+
+@contextmanager
+def join(address: str | None = None, cpus: int | None = None) -> Iterator[Ray]:
+    """Join the cluster at the address; in this context it can be used.
+
+    Args:
+        address: "auto", for the one that this machine belongs to; HOST:PORT; ray://HOST:PORT, from outside of it; or
+            None, for one on this machine alone, which is started here and ends with the context.
+        cpus: of the latter.
+
+    Raises:
+        ValueError: Ray is not installed.
+        Failure: there is no cluster, or one that asks for no token though others can reach it.
+    """
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if (
+        address is None
+    ):  # nobody else can use it: it listens here alone, and asks for a token, made up where none is set
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # all of which Ray reads when it is imported
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+        options |= {"_node_ip_address": "127.0.0.1"}
+    else:
+        options |= {"address": address}
+    try:
+        import ray
+        from ray.exceptions import AuthenticationError
+    except ImportError:
+        raise ValueError("--executor ray needs Ray: pip install 'degrade[ray]'") from None
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        ray.init(**options)
+    except AuthenticationError as error:
+        raise Failure(f"Ray at {address}: {_line(error)}; is RAY_AUTH_TOKEN the cluster's?") from None
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise Failure(f"there is no Ray cluster to join at {address or 'this machine'}: {_line(error)}") from None
+    finally:
+        for number, handler in handlers.items():  # Ray sets its own, which would end this process without a word
+            signal.signal(number, handler)
+    try:
+        cluster = Ray()
+        if address is not None:
+            _demand_token(cluster, address)
+        yield cluster
+    finally:
+        ray.shutdown()
+
+
+def _demand_token(cluster: Ray, address: str) -> None:
+    """
+    Raises:
+        Failure: anyone on the network could run what they like on the cluster.
+    """
+    where = address if address.startswith("ray://") else str(cluster.ray.get_runtime_context().gcs_address)
+    if not needs_token(where):
+        return
+    open_nodes = [node for node, mode in cluster.everywhere(_auth_mode).items() if mode != "token"]
+    if open_nodes or os.environ.get("RAY_AUTH_MODE") != "token":
+        raise Failure(
+            f"Ray at {where} can be used by anyone who reaches it, and they could run any code there. "
+            "Start it with RAY_AUTH_MODE=token (ray get-auth-token --generate makes a token), and set that here too"
+        )
+
+
+def _auth_mode() -> str:
+    return os.environ.get("RAY_AUTH_MODE", "")

@@ -1,0 +1,268 @@
+"""Items on other machines: what an engine that exists, Ray or SLURM, is told, and what comes of it.
+
+The engine starts jobs, a process each, and says when one has ended. What happens in a job goes through a folder that
+all machines share: it appends a line an event to a file of its own, and a line every few seconds besides, so that a
+job that is frozen, or whose machine is gone, can be told from one that is busy. Standard library only.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from degrade.execute import Error, Event
+from degrade.execute.local import Function, execute
+
+BEAT = 2.0  # seconds between the lines of a job, at most
+FLUSH = 0.5  # seconds that a line may wait, at most
+POLL = 0.25  # seconds between two looks at the files
+SILENCE = 60.0  # seconds without a line, after which a job counts as lost
+TRIES = 5  # that an item has, where jobs are lost with it
+ENDED = "its job ended before it did"
+Pack = int | Callable[[str, Sequence[Any]], int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Items for one process, as the engine hands them to it: call it there.
+
+    Args:
+        function: as for `local.execute`; what it yields is what JSON can hold, with tuples as lists.
+        items: with their numbers.
+        place: that `function` is given.
+        pack: how many take turns; or a function that says so there, of the place and the items.
+        events: the file for what happens.
+    """
+
+    function: Function
+    items: Sequence[tuple[int, Any]]
+    place: str
+    pack: Pack
+    events: Path
+
+    def __call__(self) -> None:
+        """
+        Raises:
+            OSError: the folder of the file is gone, or full.
+        """
+        numbers, items = zip(*self.items, strict=True)
+        with _writing(self.events) as write:
+            write("job", os.getpid(), socket.gethostname())
+            pack = self.pack if isinstance(self.pack, int) else self.pack(self.place, items)
+            for event in execute(self.function, items, [self.place], pack):
+                write(numbers[event.item], event.kind, event.value)
+
+    def checkpoint(self) -> Any:
+        """What submitit puts into the queue again where time is up: the same, which goes on where it was."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[Callable[..., None]]:
+    """A function that appends a line of JSON to the file, in good time; in this context the file shows a sign of life.
+
+    Raises:
+        OSError: on leaving, where the lines could not be written.
+    """
+    lines = [b"\n"]  # the line before may be one that was cut off with its process
+    mutex, ended = threading.Lock(), threading.Event()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def write(*values: Any) -> None:
+        with mutex:
+            lines.append(json.dumps(values).encode() + b"\n")
+
+    def flush(beat: bytes = b"") -> None:
+        with mutex:
+            data = b"".join(lines) or beat
+            try:
+                while data:
+                    data = data[os.write(descriptor, data) :]
+            finally:
+                lines[:] = [data] if data else []
+
+    def beat() -> None:
+        spoken = 0.0
+        while not ended.wait(FLUSH):
+            now = time.monotonic()
+            if lines or now - spoken >= BEAT:
+                with contextlib.suppress(OSError):  # a full disk, say, and it goes on once there is room
+                    flush(b"\n")
+                    spoken = now
+
+    beats = threading.Thread(target=beat, daemon=True)
+    beats.start()
+    try:
+        yield write
+    finally:
+        ended.set()
+        beats.join()
+        try:
+            flush()
+        finally:
+            os.close(descriptor)
+
+
+class Engine(Protocol):
+    """What starts jobs somewhere.
+
+    `at_once`: how many it is given at most; None for all, and it starts them in their order as there is room.
+    """
+
+    @property
+    def at_once(self) -> int | None: ...
+
+    def submit(self, jobs: Sequence[Job]) -> list[Any]:
+        """Put jobs into the queue, in this order; a handle for each."""
+
+    def state(self, handle: Any) -> str | None:
+        """None while the job waits or runs; empty once it has come to its end; else how it was lost, in a line."""
+
+    def is_waiting(self, handle: Any) -> bool:
+        """Whether the job is known to be in the queue, where none can show a sign of life."""
+
+    def losses(self) -> int:
+        """How many machines have been lost so far: what was under way to one may be lost without a word."""
+
+    def cancel(self, handles: Sequence[Any]) -> None:
+        """End the jobs at once, wherever they are, as far as they can be reached."""
+
+
+def execute_elsewhere(
+    engine: Engine,
+    function: Function,
+    items: Sequence[Any],
+    shares: Sequence[Sequence[int]],
+    folder: Path,
+    *,
+    place: str = "cpu",
+    pack: Pack = 1,
+    lost: Callable[[Any], None] = lambda item: None,
+    silence: float | None = None,
+) -> Iterator[Event]:
+    """Run `function(item, place)` for every item, on whatever machines the engine has.
+
+    A job whose machine dies, freezes or is taken away is started anew with the items that it leaves. Closing the
+    iterator ends all jobs.
+
+    Args:
+        engine: starts jobs.
+        function: as for `local.execute`; what it yields is what JSON can hold.
+        items: picklable.
+        shares: the numbers of the items of each job, every item once.
+        folder: an empty one that every machine sees, for this alone.
+        place: given to `function`.
+        pack: items at a time in a job, as in `Job`.
+        lost: called with an item of a job that was lost, before it is started again; the old process may still be
+            there, and come back.
+        silence: seconds without a sign of life, after which a job is lost; None for SILENCE.
+
+    Yields:
+        Events, as `local.execute`; besides "lost", with how that happened, before an item is started again.
+    """
+    tries = dict.fromkeys(range(len(items)), 1)
+    serial = itertools.count()
+    waiting, attempts = list(shares), list[_Attempt]()
+    try:
+        while waiting or attempts:
+            room = max(engine.at_once - len(attempts), 0) if engine.at_once else len(waiting)
+            groups, waiting = waiting[:room], waiting[room:]
+            jobs = [
+                Job(function, [(i, items[i]) for i in group], place, pack, folder / f"{next(serial)}.events")
+                for group in groups
+            ]
+            losses = engine.losses()
+            handles = engine.submit(jobs) if jobs else []
+            attempts += [_Attempt(engine, *pair, losses) for pair in zip(jobs, handles, strict=True)]
+            time.sleep(POLL)
+            for attempt in list(attempts):
+                how = attempt.lost(SILENCE if silence is None else silence)
+                yield from attempt.events()
+                if how is None:
+                    continue
+                attempts.remove(attempt)
+                if how:
+                    engine.cancel([attempt.handle])
+                again = []
+                for i, item in attempt.job.items:
+                    if i not in attempt.left:
+                        continue
+                    lost(item)
+                    if tries[i] == TRIES:
+                        yield Event(i, "failed", Error("", f"{how or ENDED}; it was tried {TRIES} times", "", ""))
+                        continue
+                    yield Event(i, "lost", how or ENDED)
+                    tries[i] += 1
+                    again.append(i)
+                if again:
+                    waiting.insert(0, again)
+    finally:
+        engine.cancel([attempt.handle for attempt in attempts])
+
+
+class _Attempt:
+    """A job that was submitted: how far its file was read, and what of it is left."""
+
+    def __init__(self, engine: Engine, job: Job, handle: Any, losses: int):
+        self.engine, self.job, self.handle, self.losses = engine, job, handle, losses
+        self.left = {number for number, _ in job.items}
+        self.where = ""
+        self.offset = 0
+        self.heard = time.monotonic()
+
+    def lost(self, silence: float) -> str | None:
+        """None while there is hope; empty where the job has come to its end; else how it was lost."""
+        state = self.engine.state(self.handle)
+        if state is not None or self.engine.is_waiting(self.handle):
+            self.heard = time.monotonic()
+            return f"{state}{self.where and f' ({self.where})'}" if state else state
+        if not self.where:  # not begun, as far as is known here
+            return "its machine was lost before it began" if self.engine.losses() != self.losses else None
+        if self._size() > self.offset:
+            self.heard = time.monotonic()
+        if time.monotonic() - self.heard > silence:
+            return f"{self.where} has shown no sign of life for {silence:.0f} s"
+        return None
+
+    def _size(self) -> int:
+        try:
+            descriptor = os.open(self.job.events, os.O_RDONLY)  # since NFS may answer `stat` from a minute ago
+        except FileNotFoundError:
+            return 0
+        try:
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+
+    def events(self) -> Iterator[Event]:
+        """What is new in the file."""
+        try:
+            with self.job.events.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read()
+        except FileNotFoundError:
+            return
+        data = data[: data.rfind(b"\n") + 1]
+        self.offset += len(data)
+        if data:
+            self.heard = time.monotonic()
+        for line in data.splitlines():
+            try:
+                first, kind, value = json.loads(line)
+            except ValueError:  # a sign of life, or a line that was cut off
+                continue
+            if first == "job":
+                self.where = f"process {kind} on {value}"
+            elif first in self.left:  # a job that was put into the queue again says once more what is done
+                if kind in ("done", "failed"):
+                    self.left.remove(first)
+                yield Event(first, kind, Error(*value) if kind == "failed" else value)

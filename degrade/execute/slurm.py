@@ -1,0 +1,142 @@
+"""SLURM as an engine, through submitit: the jobs are an array, and what runs into its time limit goes on later."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from degrade.errors import Failure
+from degrade.execute.remote import Job
+
+LOOK = 5.0  # seconds between two calls of squeue
+REQUEUES = 10_000  # that a job has: each is a time limit's worth of training, and none is in vain
+RUNNING = ("RUNNING", "COMPLETING")
+OVER = ("", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+
+
+class Slurm:
+    """Jobs of one sweep.
+
+    Args:
+        partition: as sbatch takes it; None for the cluster's own.
+        minutes: after which SLURM ends a job, which is then put into the queue again, and goes on.
+        cpus, gpus: of each job.
+        max_jobs: at a time; None for as many as the cluster gives.
+        cluster: "slurm"; or, for tests, submitit's "local" (processes here) or "debug" (this process).
+
+    Raises:
+        ValueError: submitit or SLURM is not installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        partition: str | None = None,
+        minutes: int = 60,
+        cpus: int = 1,
+        gpus: int = 0,
+        max_jobs: int | None = None,
+        cluster: str = "slurm",
+    ):
+        try:
+            import submitit  # noqa: F401
+        except ImportError:
+            raise ValueError("--executor slurm needs submitit: pip install 'degrade[slurm]'") from None
+        if cluster == "slurm" and not shutil.which("sbatch"):
+            raise ValueError("--executor slurm needs SLURM's sbatch, which is not on this machine; log in where it is")
+        self.at_once = None  # the array sees to it
+        self.cluster, self.max_jobs = cluster, max_jobs
+        self.values: dict[str, Any] = {"name": "degrade", "cpus_per_task": cpus, "timeout_min": minutes}
+        if cluster == "slurm":
+            asked = {"slurm_partition": partition, "slurm_gpus_per_node": gpus}
+            self.values |= {name: value for name, value in asked.items() if value}
+            self.values |= {"slurm_additional_parameters": {"requeue": True}}
+        self._states: dict[str, str] = {}
+        self._looked = 0.0
+
+    def submit(self, jobs: Sequence[Job]) -> list[Any]:
+        """Beside the files for their events submitit keeps what it knows of the jobs.
+
+        Raises:
+            Failure: SLURM does not take them.
+        """
+        import submitit
+
+        executor = submitit.AutoExecutor(jobs[0].events.parent, self.cluster, slurm_max_num_timeout=REQUEUES)
+        executor.update_parameters(**self.values)
+        if self.cluster == "slurm":
+            executor.update_parameters(slurm_array_parallelism=min(self.max_jobs or len(jobs), len(jobs)))
+        try:
+            with executor.batch():
+                handles = [executor.submit(job) for job in jobs]
+        except (subprocess.CalledProcessError, submitit.core.utils.FailedJobError) as error:
+            said = getattr(error, "stderr", "") or str(error)
+            raise Failure(f"sbatch: {_last(said)}") from None
+        self._states |= {handle.job_id: "PENDING" for handle in handles}
+        self._looked = time.monotonic()
+        return handles
+
+    def state(self, handle: Any) -> str | None:
+        result = handle.paths.result_pickle
+        with contextlib.suppress(FileNotFoundError):
+            os.close(os.open(result, os.O_RDONLY))  # which NFS answers anew
+            return _last(str(handle.exception())) if handle.exception() else ""
+        if self.cluster != "slurm":
+            return _last(str(handle.exception())) if handle.done() and handle.exception() else None
+        self._look()
+        if self._states[handle.job_id] not in OVER:
+            return None
+        with contextlib.suppress(OSError):
+            if said := _last(handle.paths.stderr.read_text(errors="replace")):
+                return f"its job has left the queue without a result: {said}"
+        return "its job has left the queue without a result"
+
+    def is_waiting(self, handle: Any) -> bool:
+        return self.cluster == "slurm" and self._states[handle.job_id] not in RUNNING
+
+    def losses(self) -> int:
+        return 0  # SLURM puts what was on a lost node into the queue again
+
+    def cancel(self, handles: Sequence[Any]) -> None:
+        if self.cluster != "slurm":
+            for handle in handles:
+                handle.cancel()
+            return
+        ids = [handle.job_id for handle in handles]
+        if len(ids) == len(self._states):
+            ids = sorted({job_id.partition("_")[0] for job_id in ids})
+        for how in ((), ("--signal=KILL", "--full")):  # the queue lets them go; what runs would have half a minute
+            for i in range(0, len(ids), 500):
+                with contextlib.suppress(OSError):
+                    subprocess.run(["scancel", *how, *ids[i : i + 500]], capture_output=True)
+
+    def _look(self) -> None:
+        """Ask the queue for the state of every job; one that it does not know has none. sacct needs a database."""
+        if time.monotonic() - self._looked < LOOK:
+            return
+        self._looked = time.monotonic()
+        arrays = sorted({job_id.partition("_")[0] for job_id in self._states})
+        command = [
+            "squeue",
+            "--noheader",
+            "--array",
+            "--states=all",
+            "--format=%A %F %K %T",
+            f"--jobs={','.join(arrays)}",
+        ]
+        answer = subprocess.run(command, capture_output=True, text=True)
+        if answer.returncode and "Invalid job id" not in answer.stderr:
+            return  # the controller does not answer, for now
+        found = {}
+        for line in answer.stdout.splitlines():
+            number, array, index, state = line.split()
+            found[number if index == "N/A" else f"{array}_{index}"] = state
+        self._states = {job_id: found.get(job_id, "") for job_id in self._states}
+
+
+def _last(text: str) -> str:
+    """The last line that says anything."""
+    return (text.strip().splitlines() or [""])[-1].strip()

@@ -1,0 +1,335 @@
+"""Where a sweep's runs are trained: here or on a cluster; what there is, and what is demanded of it first."""
+
+import re
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from degrade import bench, commit
+from degrade.config import RunConfig
+from degrade.data import default_data_dir, fetch
+from degrade.engine.process import cores
+from degrade.errors import Failure
+from degrade.execute import ray, slurm
+from degrade.execute.remote import Engine
+from degrade.provenance import code
+from degrade.sweep import (
+    Machine,
+    check_counts,
+    default_precision,
+    has_precision,
+    resolve_device,
+    resolve_machine,
+)
+
+DOWNLOAD = 3600.0  # seconds that the nodes have to fetch a data set
+MINUTES = re.compile(r"(?:(?P<days>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")  # of SLURM
+
+
+class Machines(Protocol):
+    """What a sweep wants to know of where its runs are trained.
+
+    `name`: of the place. `engine`: that trains them; None for this process and its own.
+    """
+
+    name: str
+
+    @property
+    def engine(self) -> Engine | None: ...
+
+    def device(self, asked: str) -> str:
+        """`cpu`, `cuda` or what else it is, where "auto" was asked for.
+
+        Raises:
+            ValueError: there is no such device.
+        """
+
+    def precision(self, device: str, asked: str | None) -> str:
+        """The one asked for, or the device's own.
+
+        Raises:
+            ValueError: the device has it not.
+        """
+
+    def machine(
+        self,
+        device: str,
+        configs: Sequence[RunConfig],
+        jobs: int | None,
+        threads: int | None,
+        pack: int | None,
+        compiled: str,
+    ) -> tuple[Machine, str]:
+        """What these runs are trained on, None standing for "auto"; and what cannot be had, if anything, in a line.
+
+        Raises:
+            ValueError: there is no such machine.
+        """
+
+    def estimate(self, configs: Sequence[RunConfig], machine: Machine) -> dict[str, float]:
+        """As `bench.estimate`; nothing where that cannot be told."""
+
+    def prepare(self, out: Path, datasets: Sequence[str], data_dir: Path | None) -> None:
+        """See that all who train can write to the folder of results, and have the data.
+
+        Raises:
+            Failure: one of them cannot.
+        """
+
+
+class Here:
+    """This machine."""
+
+    name = "this machine"
+    engine = None
+
+    def device(self, asked: str) -> str:
+        return resolve_device(asked)
+
+    def precision(self, device: str, asked: str | None) -> str:
+        if asked is None:
+            return default_precision(device)
+        if not has_precision(device, asked):
+            where = "a GPU that has it" if asked == "tf32" else "a CPU, or a GPU that has it"
+            raise ValueError(f"precision {asked} needs {where}; device is {device}")
+        return asked
+
+    def machine(
+        self,
+        device: str,
+        configs: Sequence[RunConfig],
+        jobs: int | None,
+        threads: int | None,
+        pack: int | None,
+        compiled: str,
+    ) -> tuple[Machine, str]:
+        return resolve_machine(device, configs, jobs=jobs, threads=threads, pack=pack, compiled=compiled)
+
+    def estimate(self, configs: Sequence[RunConfig], machine: Machine) -> dict[str, float]:
+        return bench.estimate(configs, machine)
+
+    def prepare(self, out: Path, datasets: Sequence[str], data_dir: Path | None) -> None:
+        for dataset in datasets:
+            _fetch(dataset, data_dir)
+
+
+def _chosen(asked: str, there: bool) -> str:
+    if asked == "auto":
+        return "cuda" if there else "cpu"
+    if asked not in ("cpu", "cuda"):
+        raise ValueError(f"with --executor, device must be auto, cpu or cuda; got {asked!r}")
+    return asked
+
+
+def _precision(asked: str | None) -> tuple[str, bool]:
+    """A GPU's own, and whether it has the one asked for."""
+    return default_precision("cuda:0"), asked is None or has_precision("cuda:0", asked)
+
+
+@dataclass
+class OnRay:
+    """A Ray cluster."""
+
+    engine: ray.Ray
+    name = "the Ray cluster"
+
+    def device(self, asked: str) -> str:
+        gpus = sum(node.gpus for node in self.engine.nodes)
+        device = _chosen(asked, gpus > 0)
+        if device == "cuda" and not gpus:
+            raise ValueError("device cuda: the Ray cluster has no GPU")
+        return device
+
+    def precision(self, device: str, asked: str | None) -> str:
+        if device == "cpu":
+            usual, there = default_precision(device), asked is None or has_precision(device, asked)
+        else:
+            self.engine.cpus, self.engine.gpus = 1, 1
+            usual, there = self.engine.call(_precision, asked)
+        if not there:
+            raise ValueError(f"precision {asked} is not to be had on {self.name}'s {device}")
+        return asked or usual
+
+    def machine(
+        self,
+        device: str,
+        configs: Sequence[RunConfig],
+        jobs: int | None,
+        threads: int | None,
+        pack: int | None,
+        compiled: str,
+    ) -> tuple[Machine, str]:
+        check_counts(jobs=jobs, threads=threads, pack=pack, compiled=compiled)
+        nodes, runs = self.engine.nodes, max(len(configs), 1)
+        if device == "cuda":
+            nodes = [node for node in nodes if node.gpus]
+            room = sum(node.gpus for node in nodes)
+            threads = threads or max(min(node.cpus // node.gpus for node in nodes), 1)
+        else:
+            smallest, every = min(node.cpus for node in nodes), sum(node.cpus for node in nodes)
+            threads = threads or max(min(smallest, every // runs), 1)
+            room = sum(node.cpus // threads for node in nodes)
+        if not room or not any(node.cpus >= threads for node in nodes):
+            raise ValueError(f"no node of the Ray cluster has {threads} CPUs for a run; lower --threads")
+        self.engine.cpus, self.engine.gpus, self.engine.at_once = threads, int(device == "cuda"), jobs
+        jobs = max(min(jobs or room, room, runs), 1)
+        return Machine(device, jobs, threads, (pack or 0) if device == "cuda" else (pack or 1), compiled), ""
+
+    def estimate(self, configs: Sequence[RunConfig], machine: Machine) -> dict[str, float]:
+        there = Machine("cuda:0" if machine.device == "cuda" else "cpu", 1, machine.threads)
+        seconds: dict[str, float] = self.engine.call(bench.estimate, list(configs), there)
+        return seconds
+
+    def prepare(self, out: Path, datasets: Sequence[str], data_dir: Path | None) -> None:
+        folder, name = out.absolute(), f".shared-{secrets.token_hex(8)}"
+        commit.make_folder(folder)
+        try:
+            commit.write_file(folder / name, name.encode())
+            with commit.hold(folder / f"{name}.lock"):
+                for node, seen in self.engine.everywhere(_look, folder, name).items():
+                    where = f"node {node.name} ({node.id[:8]})"
+                    if seen.get("code") != code():
+                        raise Failure(f"{where} has another degrade ({seen.get('code')}) than this machine ({code()})")
+                    if problem := seen.get("problem"):
+                        raise Failure(f"{where} {problem}; --out must name a folder that all nodes share")
+                    if not (folder / f"{name}.{seen['answer']}").exists():
+                        raise Failure(
+                            f"{where} has a folder {folder} of its own; --out must name a folder that all nodes share"
+                        )
+        finally:
+            for path in folder.glob(f"{name}*"):
+                commit.remove(path)
+        for dataset in datasets:
+            self.engine.everywhere(_fetch, dataset, data_dir and data_dir.absolute(), patience=DOWNLOAD)
+
+
+def _look(folder: Path, name: str) -> dict[str, str]:
+    """What a node sees of the folder of results; it leaves an answer there."""
+    seen = {"code": code(), "answer": secrets.token_hex(8)}
+    try:
+        if not (folder / name).exists():
+            return seen | {"problem": f"does not see {folder} as this machine does"}
+        if not commit.holder(folder / f"{name}.lock"):
+            return seen | {"problem": f"does not see the locks that this machine holds in {folder}"}
+        commit.write_file(folder / f"{name}.{seen['answer']}", b"")
+    except OSError as error:
+        return seen | {"problem": f"cannot use {folder}: {error.strerror}"}
+    return seen
+
+
+def _fetch(dataset: str, data_dir: Path | None) -> None:
+    fetch(dataset, data_dir or default_data_dir())
+
+
+@dataclass
+class OnSlurm:
+    """A SLURM cluster; `start` makes its engine."""
+
+    start: Callable[..., slurm.Slurm]
+    gpus: int
+    engine: Engine | None = None
+    name = "the SLURM cluster"
+
+    def device(self, asked: str) -> str:
+        device = _chosen(asked, self.gpus > 0)
+        if (device == "cuda") != (self.gpus > 0):
+            raise ValueError("--device cuda goes with --gpus 1, and cpu with none")
+        return device
+
+    def precision(self, device: str, asked: str | None) -> str:
+        if device == "cpu":
+            return Here().precision(device, asked)
+        return asked or "tf32"  # which a run looks for before it begins
+
+    def machine(
+        self,
+        device: str,
+        configs: Sequence[RunConfig],
+        jobs: int | None,
+        threads: int | None,
+        pack: int | None,
+        compiled: str,
+    ) -> tuple[Machine, str]:
+        check_counts(jobs=jobs, threads=threads, pack=pack, compiled=compiled)
+        threads, runs = threads or 1, max(len(configs), 1)
+        if pack is None:
+            pack = 0 if device == "cuda" and jobs else 1
+        self.engine = self.start(cpus=threads, gpus=self.gpus, max_jobs=jobs)
+        jobs = min(jobs or -(-runs // max(pack, 1)), runs)
+        return Machine(device, jobs, threads, pack, compiled), ""
+
+    def estimate(self, configs: Sequence[RunConfig], machine: Machine) -> dict[str, float]:
+        return {}  # a job to find out would wait in the queue
+
+    def prepare(self, out: Path, datasets: Sequence[str], data_dir: Path | None) -> None:
+        """Nothing can be asked before the first job; the data are fetched here, where that can be done."""
+        for dataset in datasets:
+            _fetch(dataset, data_dir)
+
+
+@contextmanager
+def join(
+    executor: str,
+    *,
+    address: str | None = None,
+    partition: str | None = None,
+    time: str | None = None,
+    gpus: int | None = None,
+) -> Iterator[Machines]:
+    """Where the executor trains; in this context it can be used.
+
+    Args:
+        executor: "local", "ray" or "slurm".
+        address: of a Ray cluster, as `ray.join` takes it.
+        partition, time, gpus: of SLURM's jobs.
+
+    Raises:
+        ValueError: an option of the other engine, or one of its own that is none.
+        Failure: there is no cluster.
+    """
+    if executor not in ("local", "ray", "slurm"):
+        raise ValueError(f"executor must be local, ray or slurm; got {executor!r}")
+    if executor != "ray" and address is not None:
+        raise ValueError("--address is for --executor ray")
+    for name, value in (("partition", partition), ("time", time), ("gpus", gpus)):
+        if executor != "slurm" and value is not None:
+            raise ValueError(f"--{name} is for --executor slurm")
+    if executor == "local":
+        yield Here()
+    elif executor == "ray":
+        if address is not None and not re.fullmatch(r"auto|(ray://)?[^\s/:]+:\d{1,5}", address):
+            raise ValueError(f"--address must be auto, HOST:PORT or ray://HOST:PORT; got {address!r}")
+        with ray.join(address, cores()) as engine:
+            if not engine.nodes:
+                raise Failure("the Ray cluster has no node with a CPU to give")
+            yield OnRay(engine)
+    else:
+        if gpus not in (None, 0, 1):
+            raise ValueError(f"--gpus must be 0 or 1: a run is trained on one GPU, which others may share; got {gpus}")
+        start = partial(slurm.Slurm, partition=partition, minutes=minutes(time or "60"))
+        start()  # that it is there is seen at once
+        yield OnSlurm(start, gpus or 0)
+
+
+def minutes(text: str) -> int:
+    """SLURM's times in whole minutes: `30`, `30:00`, `8:00:00`, `2-12`, `2-12:30`.
+
+    Raises:
+        ValueError: it is none, or below five minutes, which are too few for a job to begin and to end in order.
+    """
+    found = MINUTES.fullmatch(text)
+    parts = [int(part) for part in found.group("a", "b", "c") if part is not None] if found else []
+    if found and found["days"]:
+        hours, mins, *_ = [*parts, 0, 0]
+        total = (24 * int(found["days"]) + hours) * 60 + mins
+    elif len(parts) == 3:
+        total = 60 * parts[0] + parts[1]
+    else:
+        total = parts[0] if parts else 0
+    if total < 5:
+        raise ValueError(f"--time must be at least 5 minutes, as sbatch takes it (30, 8:00:00, 2-12); got {text!r}")
+    return total
