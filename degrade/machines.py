@@ -113,8 +113,7 @@ class Here:
         return bench.estimate(configs, machine)
 
     def prepare(self, out: Path, datasets: Sequence[str], data_dir: Path | None) -> None:
-        for dataset in datasets:
-            _fetch(dataset, data_dir)
+        _fetch(datasets, data_dir)
 
 
 def _chosen(asked: str, there: bool) -> str:
@@ -203,8 +202,7 @@ class OnRay:
         finally:
             for path in folder.glob(f"{name}*"):
                 commit.remove(path)
-        for dataset in datasets:
-            self.engine.everywhere(_fetch, dataset, data_dir and data_dir.absolute(), patience=DOWNLOAD)
+        self.engine.everywhere(_fetch, datasets, data_dir and data_dir.absolute(), patience=DOWNLOAD)
 
 
 def _look(folder: Path, name: str) -> dict[str, str]:
@@ -221,8 +219,9 @@ def _look(folder: Path, name: str) -> dict[str, str]:
     return seen
 
 
-def _fetch(dataset: str, data_dir: Path | None) -> None:
-    fetch(dataset, data_dir or default_data_dir())
+def _fetch(datasets: Sequence[str], data_dir: Path | None) -> None:
+    for dataset in datasets:
+        fetch(dataset, data_dir or default_data_dir())
 
 
 @dataclass
@@ -267,8 +266,7 @@ class OnSlurm:
 
     def prepare(self, out: Path, datasets: Sequence[str], data_dir: Path | None) -> None:
         """Nothing can be asked before the first job; the data are fetched here, where that can be done."""
-        for dataset in datasets:
-            _fetch(dataset, data_dir)
+        _fetch(datasets, data_dir)
 
 
 @contextmanager

@@ -74,8 +74,8 @@ class Ray:
         return self._get(self._remote(function, num_cpus=self.cpus, num_gpus=self.gpus).remote(*arguments), "Ray")
 
     def _remote(self, function: Callable[..., Any], **options: Any) -> Any:
-        """A process of its own for each call; what becomes of it is seen to here, not by Ray."""
-        return self.ray.remote(max_calls=1, max_retries=0, **options)(function)
+        """What becomes of a call is seen to here, not by Ray."""
+        return self.ray.remote(max_retries=0, **options)(function)
 
     def _get(self, ref: Any, where: str, patience: float = PATIENCE) -> Any:
         try:

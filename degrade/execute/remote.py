@@ -80,6 +80,9 @@ def _writing(path: Path) -> Iterator[Callable[..., None]]:
     def write(*values: Any) -> None:
         with mutex:
             lines.append(json.dumps(values).encode() + b"\n")
+        if "value" not in values[:2]:  # what begins or ends is told before anything else can happen
+            with contextlib.suppress(OSError):
+                flush()
 
     def flush(beat: bytes = b"") -> None:
         with mutex:
@@ -169,7 +172,7 @@ def execute_elsewhere(
     Yields:
         Events, as `local.execute`; besides "lost", with how that happened, before an item is started again.
     """
-    tries = dict.fromkeys(range(len(items)), 1)
+    tries = dict.fromkeys(range(len(items)), 0)  # that came to nothing
     serial = itertools.count()
     waiting, attempts = list(shares), list[_Attempt]()
     try:
@@ -192,19 +195,20 @@ def execute_elsewhere(
                 attempts.remove(attempt)
                 if how:
                     engine.cancel([attempt.handle])
+                    how = how if attempt.where in how else f"{how} ({attempt.where})"
                 again = []
                 for i, item in attempt.job.items:
                     if i not in attempt.left:
                         continue
                     lost(item)
+                    tries[i] += i in attempt.begun or not attempt.begun
                     if tries[i] == TRIES:
                         yield Event(i, "failed", Error("", f"{how or ENDED}; it was tried {TRIES} times", "", ""))
                         continue
                     yield Event(i, "lost", how or ENDED)
-                    tries[i] += 1
                     again.append(i)
-                if again:
-                    waiting.insert(0, again)
+                apart = any(tries[i] > 1 for i in again)  # so that one that ends its process ends no other's for ever
+                waiting[:0] = [[i] for i in again] if apart else [again] if again else []
     finally:
         engine.cancel([attempt.handle for attempt in attempts])
 
@@ -215,6 +219,7 @@ class _Attempt:
     def __init__(self, engine: Engine, job: Job, handle: Any, losses: int):
         self.engine, self.job, self.handle, self.losses = engine, job, handle, losses
         self.left = {number for number, _ in job.items}
+        self.begun: set[int] = set()
         self.where = ""
         self.offset = 0
         self.heard = time.monotonic()
@@ -224,7 +229,7 @@ class _Attempt:
         state = self.engine.state(self.handle)
         if state is not None or self.engine.is_waiting(self.handle):
             self.heard = time.monotonic()
-            return f"{state}{self.where and f' ({self.where})'}" if state else state
+            return state
         if not self.where:  # not begun, as far as is known here
             return "its machine was lost before it began" if self.engine.losses() != self.losses else None
         if self._size() > self.offset:
@@ -263,6 +268,8 @@ class _Attempt:
             if first == "job":
                 self.where = f"process {kind} on {value}"
             elif first in self.left:  # a job that was put into the queue again says once more what is done
-                if kind in ("done", "failed"):
+                if kind == "started":
+                    self.begun.add(first)
+                elif kind in ("done", "failed"):
                     self.left.remove(first)
                 yield Event(first, kind, Error(*value) if kind == "failed" else value)

@@ -1,0 +1,326 @@
+"""Jobs on an engine that is no more than processes here: what Ray and SLURM have in common."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter, defaultdict
+
+import pytest
+from conftest import times
+
+from degrade.execute import Crowded, Event, remote
+from degrade.execute.remote import Job, execute_elsewhere
+
+FORK = multiprocessing.get_context("fork")
+
+
+class Processes:
+    """An engine; `frozen_reply` is what it says of a job whose process is stopped."""
+
+    def __init__(self, at_once=None):
+        self.at_once = at_once
+        self.started, self.machines_lost, self.most, self.waiting = [], 0, 0, False
+
+    def submit(self, jobs):
+        processes = [FORK.Process(target=job, daemon=True) for job in jobs]
+        for process in processes:
+            process.start()
+        self.started += processes
+        self.most = max(self.most, sum(process.is_alive() for process in self.started))
+        return processes
+
+    def state(self, process):
+        if process.exitcode is None:
+            return None
+        return f"its process ended with {process.exitcode}" if process.exitcode else ""
+
+    def is_waiting(self, process):
+        return self.waiting
+
+    def losses(self):
+        return self.machines_lost
+
+    def cancel(self, processes):
+        for process in processes:
+            process.kill()
+
+
+class Unreachable(Processes):
+    """A frozen process cannot be killed, as on a machine that does not answer."""
+
+    def cancel(self, processes):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(remote, "BEAT", 0.1)
+    monkeypatch.setattr(remote, "FLUSH", 0.02)
+    monkeypatch.setattr(remote, "POLL", 0.02)
+
+
+def squares(n, place):
+    for i in range(n):
+        yield i * i
+
+
+def singles(items):
+    return [[i] for i in range(len(items))]
+
+
+def values_of(events):
+    got = defaultdict(list)
+    for event in events:
+        if event.kind == "value":
+            got[event.item].append(event.value)
+    return got
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 2])
+@pytest.mark.parametrize("share", [1, 2, 9])
+@pytest.mark.parametrize("pack", [1, 2])
+def test_equals_the_built_in_map(tmp_path, at_once, share, pack):
+    items = [3, 0, 5, 1, 2, 4]
+    shares = [list(range(len(items)))[i : i + share] for i in range(0, len(items), share)]
+    engine = Processes(at_once)
+    events = list(execute_elsewhere(engine, squares, items, shares, tmp_path, pack=pack))
+    assert [values_of(events)[i] for i in range(len(items))] == [list(squares(n, "")) for n in items]
+    for i, n in enumerate(items):
+        assert [event.kind for event in events if event.item == i] == ["started", *["value"] * n, "done"]
+    assert len(engine.started) == len(shares)
+    if at_once:
+        assert engine.most <= at_once
+
+
+def placed(n, place):
+    yield [place, os.getpid()]
+
+
+def test_a_job_decides_where_it_runs_how_many_take_turns(tmp_path):
+    def two(place, items):
+        assert (place, list(items)) == ("cuda:0", [7, 8, 9])
+        return 2
+
+    events = list(execute_elsewhere(Processes(), placed, [7, 8, 9], [[0, 1, 2]], tmp_path, place="cuda:0", pack=two))
+    assert [(event.item, event.kind) for event in events][:4] == [
+        (0, "started"),
+        (1, "started"),
+        (0, "value"),
+        (1, "value"),
+    ]
+    assert len({tuple(value) for values in values_of(events).values() for value in values}) == 1
+
+
+def troubled(n, place):
+    yield n
+    if n == 1:
+        raise OSError(errno.ENOSPC, "No space left on device", "/there")
+    if n == 2:
+        raise KeyError("two")
+    if n == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if n == 4:
+        raise Crowded("no room")
+
+
+def test_a_failed_item_comes_back_whole_and_the_others_go_on(tmp_path):
+    items = [0, 1, 2, 5]
+    ends = {e.item: e for e in execute_elsewhere(Processes(), troubled, items, singles(items), tmp_path)}
+    assert [ends[i].kind for i in range(4)] == ["done", "failed", "failed", "done"]
+    assert str(ends[1].value) == "/there: No space left on device"
+    assert str(ends[2].value).startswith("KeyError: 'two' (test_remote.py, line ")
+    assert 'raise KeyError("two")' in ends[2].value.traceback
+
+
+def test_an_item_that_kills_its_process_each_time_fails_in_the_end_and_the_others_do_not(tmp_path):
+    freed = []
+    events = list(execute_elsewhere(Processes(), troubled, [0, 3, 5], [[0, 1, 2]], tmp_path, pack=1, lost=freed.append))
+    kinds = Counter((event.item, event.kind) for event in events)
+    assert kinds[0, "done"] == kinds[2, "done"] == kinds[1, "failed"] == 1
+    assert kinds[1, "lost"] == remote.TRIES - 1
+    failed = next(event for event in events if event.kind == "failed")
+    assert str(failed.value).startswith("its process ended with -9 (process ")
+    assert str(failed.value).endswith(f"; it was tried {remote.TRIES} times")
+    assert freed.count(3) == remote.TRIES
+    assert 0 not in freed  # it had ended
+
+
+def test_jobs_that_end_without_a_word_are_not_started_for_ever(tmp_path):
+    class Mute(Processes):
+        def submit(self, jobs):
+            self.started += [FORK.Process(target=os._exit, args=(3,), daemon=True) for _ in jobs]
+            for process in self.started[-len(jobs) :]:
+                process.start()
+            return self.started[-len(jobs) :]
+
+    engine = Mute()
+    events = list(execute_elsewhere(engine, squares, [1, 1], [[0, 1]], tmp_path))
+    assert Counter(event.kind for event in events) == {"lost": 2 * (remote.TRIES - 1), "failed": 2}
+    assert str(events[-1].value) == f"its process ended with 3; it was tried {remote.TRIES} times"
+
+
+def once_troubled(item, place):
+    """Killed, or frozen for good, the first time; `item` is a folder and how."""
+    folder, how = item
+    first = not os.path.exists(f"{folder}/{how}")
+    with open(f"{folder}/{how}", "a") as file:
+        file.write(f"{os.getpid()}\n")
+    yield "begun"
+    if first:
+        time.sleep(0.1)
+        os.kill(os.getpid(), getattr(signal, how))
+        time.sleep(0.2)
+        yield "from the stale process"
+    for _ in range(3):
+        time.sleep(0.05)
+        yield "goes on"
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("engine", [Processes, Unreachable])
+def test_what_dies_or_freezes_is_started_again(tmp_path, how, engine):
+    """Whoever was frozen is thawed in the end; what it has to say is not heard."""
+    freed, engine = [], engine()
+    events = []
+    for event in execute_elsewhere(
+        engine, once_troubled, [(str(tmp_path), how)], [[0]], tmp_path, lost=freed.append, silence=1.0
+    ):
+        events.append(event)
+        if event.kind == "lost" and how == "SIGSTOP" and engine.started[0].is_alive():
+            os.kill(engine.started[0].pid, signal.SIGCONT)
+    assert [event.kind for event in events if event.kind != "value"] == ["started", "lost", "started", "done"]
+    assert values_of(events)[0] == ["begun", "begun", *["goes on"] * 3]
+    assert len(freed) == 1
+    (lost,) = [event.value for event in events if event.kind == "lost"]
+    assert ("has shown no sign of life for 1 s" in lost) == (how == "SIGSTOP")
+    assert f"process {(tmp_path / how).read_text().split()[0]} on " in lost
+    for process in engine.started:
+        process.join(10)
+        assert not process.is_alive()
+
+
+def slow(seconds, place):
+    yield "begun"
+    time.sleep(seconds)
+    yield "ended"
+
+
+def test_a_job_that_is_busy_shows_signs_of_life(tmp_path):
+    events = list(execute_elsewhere(Processes(), slow, [1.5], [[0]], tmp_path, silence=0.8))
+    assert [event.kind for event in events] == ["started", "value", "value", "done"]
+
+
+def test_a_job_that_waits_in_the_queue_is_not_lost(tmp_path):
+    """It is stopped, as one that was put into the queue again has ended; then it goes on."""
+    engine = Processes()
+    seen, since = [], time.monotonic()
+    for event in execute_elsewhere(engine, slow, [1.0], [[0]], tmp_path, silence=0.3):
+        if seen == ["started"]:
+            os.kill(engine.started[0].pid, signal.SIGSTOP)
+            engine.waiting, since = True, time.monotonic()
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(engine.started[0].pid, signal.SIGCONT))
+            signal.alarm(2)
+        seen.append(event.kind)
+    assert seen == ["started", "value", "value", "done"]
+    assert time.monotonic() - since > 1.5
+
+
+class Silent(Processes):
+    """The first job is lost with its machine before it can say a word."""
+
+    def submit(self, jobs):
+        if self.started:
+            return super().submit(jobs)
+        self.started.append(FORK.Process(target=time.sleep, args=(60,), daemon=True))
+        self.started[0].start()
+        return self.started[:1]
+
+
+def test_what_was_under_way_to_a_machine_that_was_lost_is_started_again(tmp_path):
+    engine = Silent()
+    signal.signal(signal.SIGALRM, lambda *_: setattr(engine, "machines_lost", 1))
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    events = list(execute_elsewhere(engine, squares, [2], [[0]], tmp_path, silence=60.0))
+    assert events[0] == Event(0, "lost", "its machine was lost before it began")
+    assert [event.kind for event in events[1:]] == ["started", "value", "value", "done"]
+    engine.started[0].join(10)
+    assert not engine.started[0].is_alive()
+
+
+def test_closing_ends_all_jobs(tmp_path):
+    engine = Processes()
+    events = execute_elsewhere(engine, slow, [60, 60], singles("ab"), tmp_path)
+    next(events)
+    events.close()
+    for process in engine.started:
+        process.join(10)
+        assert process.exitcode == -signal.SIGKILL
+
+
+def test_a_job_called_again_says_once_more_what_is_done_which_is_not_heard_twice(tmp_path):
+    """As SLURM does with a job whose time was up, whose last line may be cut off."""
+
+    class Again(Processes):
+        def submit(self, jobs):
+            (job,) = jobs
+            job()
+            with job.events.open("ab") as file:
+                file.write(b'[0, "val')
+            return super().submit(jobs)
+
+    events = list(execute_elsewhere(Again(), squares, [2, 1], [[0, 1]], tmp_path))
+    assert [event.item for event in events if event.kind == "done"] == [0, 1]
+    assert values_of(events) == {0: [0, 1], 1: [0]}
+
+
+def test_lines_that_a_full_disk_has_cut_are_completed(tmp_path, monkeypatch):
+    real, calls = os.write, Counter()
+
+    def full(descriptor, data):
+        calls["write"] += 1
+        if calls["write"] % 3 == 1:
+            return real(descriptor, data[:5])
+        if calls["write"] % 3 == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data)
+
+    path = tmp_path / "events"
+    with remote._writing(path) as write:
+        monkeypatch.setattr(os, "write", full)
+        for i in range(40):
+            write(i, "value", "x" * i)
+            time.sleep(0.01)
+        time.sleep(0.2)
+        monkeypatch.undo()
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line]
+    assert lines == [[i, "value", "x" * i] for i in range(40)]
+    assert calls["write"] > 10
+
+
+def test_a_folder_that_is_gone_ends_the_job(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Job(squares, [(0, 1)], "cpu", 1, tmp_path / "gone" / "events")()
+
+
+@pytest.mark.promise
+def test_killed_again_and_again_every_item_ends(tmp_path, monkeypatch):
+    """Jobs are killed at seeded times; each starts anew with what it leaves."""
+    import random
+
+    monkeypatch.setattr(remote, "TRIES", 100)
+    chance = random.Random(9)
+    engine, ended, killed = Processes(2), Counter(), 0
+    items = [0.05 * (i % 4) for i in range(4 * times(20))]
+    for event in execute_elsewhere(engine, slow, items, singles(items), tmp_path):
+        ended[event.item] += event.kind == "done"
+        assert event.kind != "failed", event
+        if event.kind == "value" and chance.random() < 0.15:
+            alive = [process for process in engine.started if process.is_alive()]
+            if alive:
+                chance.choice(alive).kill()
+                killed += 1
+    assert ended == Counter(dict.fromkeys(range(len(items)), 1))
+    assert killed
