@@ -3,6 +3,7 @@
 import os
 import secrets
 import signal
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -169,6 +170,8 @@ def join(address: str | None = None, cpus: int | None = None) -> Iterator[Ray]:
         from ray.exceptions import AuthenticationError
     except ImportError:
         raise ValueError("--executor ray needs Ray: pip install 'degrade[ray]'") from None
+    if address not in (None, "auto"):
+        _listens(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         ray.init(**options)
@@ -186,6 +189,25 @@ def join(address: str | None = None, cpus: int | None = None) -> Iterator[Ray]:
         yield cluster
     finally:
         ray.shutdown()
+
+
+def _listens(address: str) -> None:
+    """
+    Raises:
+        Failure: nobody does; Ray would try for minutes.
+    """
+    from ray.util import get_node_ip_address
+
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    hosts = [host]
+    if host.startswith(LOOPBACK) and not address.startswith("ray://"):
+        hosts.append(get_node_ip_address())  # which is where Ray looks then
+    for each in hosts:
+        try:
+            socket.create_connection((each, int(port)), timeout=5).close()
+        except OSError as error:
+            reason = error.strerror or error
+            raise Failure(f"there is no Ray cluster to join at {address}: {each}:{port}: {reason}") from None
 
 
 def _demand_token(cluster: Ray, address: str) -> None:
