@@ -27,7 +27,7 @@ ray = pytest.importorskip("ray")
 NODE = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 * 2**20}
 CHECKS = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_timeout_ms": 1000}
 CHECKS |= {"health_check_failure_threshold": 3}
-RUNS = [smoke(block, seed=seed, steps=240, milestones=(120,)) for block in ("plain", "residual") for seed in (0, 1)]
+RUNS = [smoke(block, steps=64, milestones=(32,)) for block in ("plain", "residual")]
 DRIVER = """
 import sys
 from pathlib import Path
@@ -114,7 +114,7 @@ def steps(folder: Path) -> dict[str, int]:
 def training_somewhere(folder: Path, least: int = 1) -> dict[str, int]:
     """Wait until some run has been committed, and is not at its end."""
     end = time.monotonic() + 120
-    while not (far := {name: step for name, step in steps(folder).items() if least <= step < 200}):
+    while not (far := {name: step for name, step in steps(folder).items() if least <= step < 60}):
         assert time.monotonic() < end, "nothing is trained"
         time.sleep(0.02)
     return far
@@ -204,7 +204,7 @@ def test_a_node_that_is_removed_costs_no_more_than_what_was_not_committed(cluste
     with driving(folder, cluster.address, data_dir) as process:
         training_somewhere(folder)
         time.sleep(chance.uniform(0, 2))
-        cluster.remove_node(chance.choice(cluster.list_all_nodes[1:]), allow_graceful=False)
+        cluster.remove_node(chance.choice(sorted(cluster.worker_nodes, key=raylet)), allow_graceful=False)
         cluster.add_node(**NODE)
         far: dict[str, int] = {}
         while process.poll() is None:
@@ -226,9 +226,9 @@ def test_a_node_that_freezes_is_given_up_and_changes_nothing_when_it_comes_back(
     """First the workers come back, while Ray on their node is still frozen: they go on training, and try to commit."""
     chance, folder = random.Random(100 + seed), tmp_path / "study"
     with driving(folder, cluster.address, data_dir) as process:
-        name = chance.choice(list(training_somewhere(folder, 1 + chance.randrange(40))))
+        name = chance.choice(list(training_somewhere(folder, 1 + chance.randrange(30))))
         pid = int((folder / name / store.LOCK).read_text().split()[0])
-        (node,) = [node for node in cluster.list_all_nodes[1:] if pid in descendants(raylet(node))]
+        (node,) = [node for node in sorted(cluster.worker_nodes, key=raylet) if pid in descendants(raylet(node))]
         frozen = descendants(raylet(node))
         for each in frozen:
             os.kill(each, signal.SIGSTOP)
@@ -264,7 +264,7 @@ def _trains(pid: int, run: Path) -> bool:
 def test_a_killed_driver_run_again_finishes(cluster, data_dir, tmp_path, whole, seed):
     folder = tmp_path / "study"
     with driving(folder, cluster.address, data_dir) as process:
-        training_somewhere(folder, 1 + 30 * seed)
+        training_somewhere(folder, 1 + 10 * seed)
         process.kill()
     with driving(folder, cluster.address, data_dir) as process:
         output, _ = process.communicate(timeout=180)
