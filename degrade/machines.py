@@ -27,7 +27,7 @@ from degrade.sweep import (
 )
 
 DOWNLOAD = 3600.0  # seconds that the nodes have to fetch a data set
-MINUTES = re.compile(r"(?:(?P<days>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")  # of SLURM
+MINUTES = re.compile(r"(?:(?P<days>\d{1,3})-)?(?P<a>\d{1,5})(?::(?P<b>\d\d?))?(?::(?P<c>\d\d?))?")  # of SLURM
 
 
 class Machines(Protocol):

@@ -201,7 +201,7 @@ def _listens(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     hosts = [host]
     if host.startswith(LOOPBACK) and not address.startswith("ray://"):
-        hosts.append(get_node_ip_address())  # which is where Ray looks then
+        hosts.append(get_node_ip_address())  # type: ignore[no-untyped-call]  # which is where Ray looks then
     for each in hosts:
         try:
             socket.create_connection((each, int(port)), timeout=5).close()

@@ -74,18 +74,17 @@ class Slurm:
                 handles = [executor.submit(job) for job in jobs]
         except (subprocess.CalledProcessError, submitit.core.utils.FailedJobError) as error:
             said = getattr(error, "stderr", "") or str(error)
-            raise Failure(f"sbatch: {_last(said)}") from None
+            raise Failure(f"sbatch: {_last(said).removeprefix('sbatch: ')}") from None
         self._states |= {handle.job_id: "PENDING" for handle in handles}
         self._looked = time.monotonic()
         return handles
 
     def state(self, handle: Any) -> str | None:
-        result = handle.paths.result_pickle
-        with contextlib.suppress(FileNotFoundError):
-            os.close(os.open(result, os.O_RDONLY))  # which NFS answers anew
-            return _last(str(handle.exception())) if handle.exception() else ""
+        if self._has_result(handle):
+            error = handle.exception()
+            return _last(str(error)) if error else ""
         if self.cluster != "slurm":
-            return _last(str(handle.exception())) if handle.done() and handle.exception() else None
+            return None
         self._look()
         if self._states[handle.job_id] not in OVER:
             return None
@@ -93,6 +92,15 @@ class Slurm:
             if said := _last(handle.paths.stderr.read_text(errors="replace")):
                 return f"its job has left the queue without a result: {said}"
         return "its job has left the queue without a result"
+
+    def _has_result(self, handle: Any) -> bool:
+        if self.cluster != "slurm":
+            return bool(handle.done())
+        try:
+            os.close(os.open(handle.paths.result_pickle, os.O_RDONLY))  # which NFS answers anew
+        except FileNotFoundError:
+            return False
+        return True
 
     def is_waiting(self, handle: Any) -> bool:
         return self.cluster == "slurm" and self._states[handle.job_id] not in RUNNING
