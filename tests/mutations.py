@@ -29,7 +29,7 @@ class Mutation(NamedTuple):
 
 
 CRASH, SWEEP, BYTES = "tests/test_crash.py", "tests/test_sweep.py", "tests/test_same_bytes.py"
-DAMAGE = "tests/test_damage.py"
+DAMAGE, REMOTE, RAY = "tests/test_damage.py", "tests/test_remote.py", "tests/test_ray.py"
 CHECK, LINES, DATA = "tests/test_check.py", "tests/test_command_lines.py", "tests/test_hostile_data.py"
 PROCESSES, COMMIT, EXECUTE = "tests/test_processes.py", "tests/test_commit.py", "tests/test_execute.py"
 
@@ -154,7 +154,7 @@ MUTATIONS = [
         "7",
         "the log is not written anew from the checkpoint",
         "degrade/sweep.py",
-        "        _write_log(run.folder, training.config, training.epochs)\n",
+        "        _write_log(lock, training.config, training.epochs)\n",
         "",
         f"{DAMAGE}::TestDamagedLog",
     ),
@@ -226,8 +226,8 @@ MUTATIONS = [
         "8",
         "whoever holds a lock shows no sign of life",
         "degrade/commit.py",
-        "            os.utime(path)\n",
-        "            pass\n",
+        "                os.utime(lock.path)\n",
+        "                pass\n",
         f"{COMMIT}::test_whoever_holds_a_lock_shows_signs_of_life_until_it_is_frozen",
     ),
     Mutation(
@@ -237,6 +237,70 @@ MUTATIONS = [
         "        if not self.in_place:\n",
         "        if False:\n",
         f"{COMMIT}::test_a_lock_whose_file_was_deleted_is_lost",
+    ),
+    Mutation(
+        "9",
+        "the lock is looked at before there is anything to publish",
+        "degrade/commit.py",
+        "        if lock:\n            lock.check()\n        how(partial, path)\n",
+        "        how(partial, path)\n",
+        f"{COMMIT}::test_a_writer_frozen_anywhere_publishes_nothing_once_its_lock_is_taken",
+    ),
+    Mutation(
+        "9",
+        "a stale writer drops the checkpoints that are later than its own",
+        "degrade/commit.py",
+        "    for other in older[KEPT:]:\n",
+        "    for other in set(checkpoints(folder)) - set(older[:KEPT]):\n",
+        f"{COMMIT}::test_a_checkpoint_of_a_stale_writer_costs_no_later_one",
+    ),
+    Mutation(
+        "9",
+        "a lock is taken away from anybody",
+        "degrade/commit.py",
+        "        if _named(descriptor).owner == owner:\n",
+        "        if True:\n",
+        f"{COMMIT}::test_a_lock_is_taken_away_from_its_owner_alone",
+    ),
+    Mutation(
+        "9",
+        "a job that shows no sign of life is not given up",
+        "degrade/execute/remote.py",
+        "        if time.monotonic() - self.heard > silence:\n",
+        "        if time.monotonic() - self.heard > 40 * silence:\n",
+        f"{REMOTE}::test_what_dies_or_freezes_is_started_again",
+    ),
+    Mutation(
+        "9",
+        "a job that is busy shows no sign of life",
+        "degrade/execute/remote.py",
+        '                    flush(b"\\n")\n',
+        '                    flush(b"")\n',
+        f"{REMOTE}::test_a_job_that_is_busy_shows_signs_of_life",
+    ),
+    Mutation(
+        "9",
+        "what a lost job has begun is not taken away from it",
+        "degrade/sweep.py",
+        "lost=lambda task: commit.fence(task.folder / store.LOCK, task.owner),",
+        "lost=lambda task: None,",
+        f"{RAY}::test_a_node_that_freezes_is_given_up_and_changes_nothing_when_it_comes_back",
+    ),
+    Mutation(
+        "9",
+        "whether a node shares the folder is not looked at",
+        "degrade/machines.py",
+        "        if not (folder / name).exists():\n",
+        "        if False:\n",
+        f"{RAY}::test_a_folder_that_a_node_does_not_share_is_refused",
+    ),
+    Mutation(
+        "9",
+        "a cluster without a token is joined from anywhere",
+        "degrade/execute/ray.py",
+        "    if not needs_token(where):\n",
+        "    if True:\n",
+        f"{RAY}::test_a_cluster_that_anyone_can_use_is_refused",
     ),
     Mutation(
         "10",
@@ -482,7 +546,7 @@ MUTATIONS = [
         "errors",
         "the traceback of a failed run is not kept",
         "degrade/sweep.py",
-        "            commit.write_file(task.folder / store.ERROR, traceback.format_exc().encode())\n",
+        "            commit.write_file(task.folder / store.ERROR, traceback.format_exc().encode(), lock)\n",
         "            pass\n",
         f"{SWEEP}::TestTroubledRuns::test_a_failed_run_is_a_visible_row_and_the_rest_go_on",
     ),

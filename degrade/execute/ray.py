@@ -1,9 +1,13 @@
 """Ray as an engine: core tasks, on a cluster that is there or on one of this machine that ends with the sweep."""
 
+import contextlib
+import logging
 import os
 import secrets
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,6 +16,19 @@ from degrade.errors import Failure
 from degrade.execute.remote import Job
 
 PATIENCE = 300.0  # seconds for what is asked of every node before the first run
+# Some of Ray's processes outlive it, where it is killed with whoever has started it. This one outlives them all: once
+# its input ends, since that process has ended, it kills whatever was started with the same mark.
+REAPER = """
+import os, signal, sys
+sys.stdin.read()
+for name in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        with open(f"/proc/{name}/environ", "rb") as file:
+            if f"DEGRADE_RAY={sys.argv[1]}".encode() in file.read().split(b"\\0"):
+                os.kill(int(name), signal.SIGKILL)
+    except OSError:
+        pass
+"""
 LOOPBACK = ("127.", "localhost", "[::1]", "::1")
 
 
@@ -153,42 +170,53 @@ def join(address: str | None = None, cpus: int | None = None) -> Iterator[Ray]:
         ValueError: Ray is not installed.
         Failure: there is no cluster, or one that asks for no token though others can reach it.
     """
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if (
-        address is None
-    ):  # nobody else can use it: it listens here alone, and asks for a token, made up where none is set
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # all of which Ray reads when it is imported
-        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-        options |= {"_node_ip_address": "127.0.0.1"}
-    else:
-        options |= {"address": address}
+    with contextlib.nullcontext({"address": address}) if address else _alone(cpus) as options:
+        try:
+            import ray
+            from ray.exceptions import AuthenticationError
+        except ImportError:
+            raise ValueError("--executor ray needs Ray: pip install 'degrade[ray]'") from None
+        if address not in (None, "auto"):
+            _listens(address)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+        except AuthenticationError as error:
+            raise Failure(f"Ray at {address}: {_line(error)}; is RAY_AUTH_TOKEN the cluster's?") from None
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise Failure(f"there is no Ray cluster to join at {address or 'this machine'}: {_line(error)}") from None
+        finally:
+            for number, handler in handlers.items():  # Ray sets its own, which would end this process without a word
+                signal.signal(number, handler)
+        try:
+            cluster = Ray()
+            if address is not None:
+                _demand_token(cluster, address)
+            yield cluster
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _alone(cpus: int | None) -> Iterator[dict[str, Any]]:
+    """How to start a cluster that nobody else can use: it listens on this machine alone, and demands a token.
+
+    In this context, and no longer, its processes live, whatever becomes of this one.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # all of which Ray reads when it is imported
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    mark = secrets.token_hex(8)
+    reaper = subprocess.Popen([sys.executable, "-ISc", REAPER, mark], stdin=subprocess.PIPE, start_new_session=True)
+    os.environ["DEGRADE_RAY"] = mark
     try:
-        import ray
-        from ray.exceptions import AuthenticationError
-    except ImportError:
-        raise ValueError("--executor ray needs Ray: pip install 'degrade[ray]'") from None
-    if address not in (None, "auto"):
-        _listens(address)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        ray.init(**options)
-    except AuthenticationError as error:
-        raise Failure(f"Ray at {address}: {_line(error)}; is RAY_AUTH_TOKEN the cluster's?") from None
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise Failure(f"there is no Ray cluster to join at {address or 'this machine'}: {_line(error)}") from None
+        yield {"address": "local", "num_cpus": cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     finally:
-        for number, handler in handlers.items():  # Ray sets its own, which would end this process without a word
-            signal.signal(number, handler)
-    try:
-        cluster = Ray()
-        if address is not None:
-            _demand_token(cluster, address)
-        yield cluster
-    finally:
-        ray.shutdown()
+        os.environ.pop("DEGRADE_RAY", None)
+        assert reaper.stdin  # it was asked for
+        reaper.stdin.close()
+        reaper.wait()
 
 
 def _listens(address: str) -> None:
