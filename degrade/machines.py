@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from degrade import bench, commit
+from degrade import bench, commit, sweep
 from degrade.config import RunConfig
 from degrade.data import default_data_dir, fetch
 from degrade.engine.process import cores
@@ -17,14 +17,7 @@ from degrade.errors import Failure
 from degrade.execute import ray, slurm
 from degrade.execute.remote import Engine
 from degrade.provenance import code
-from degrade.sweep import (
-    Machine,
-    check_counts,
-    default_precision,
-    has_precision,
-    resolve_device,
-    resolve_machine,
-)
+from degrade.sweep import Machine
 
 DOWNLOAD = 3600.0  # seconds that the nodes have to fetch a data set
 MINUTES = re.compile(r"(?:(?P<days>\d{1,3})-)?(?P<a>\d{1,5})(?::(?P<b>\d\d?))?(?::(?P<c>\d\d?))?")  # of SLURM
@@ -88,12 +81,12 @@ class Here:
     engine = None
 
     def device(self, asked: str) -> str:
-        return resolve_device(asked)
+        return sweep.resolve_device(asked)
 
     def precision(self, device: str, asked: str | None) -> str:
         if asked is None:
-            return default_precision(device)
-        if not has_precision(device, asked):
+            return sweep.default_precision(device)
+        if not sweep.has_precision(device, asked):
             where = "a GPU that has it" if asked == "tf32" else "a CPU, or a GPU that has it"
             raise ValueError(f"precision {asked} needs {where}; device is {device}")
         return asked
@@ -107,7 +100,7 @@ class Here:
         pack: int | None,
         compiled: str,
     ) -> tuple[Machine, str]:
-        return resolve_machine(device, configs, jobs=jobs, threads=threads, pack=pack, compiled=compiled)
+        return sweep.resolve_machine(device, configs, jobs=jobs, threads=threads, pack=pack, compiled=compiled)
 
     def estimate(self, configs: Sequence[RunConfig], machine: Machine) -> dict[str, float]:
         return bench.estimate(configs, machine)
@@ -126,7 +119,7 @@ def _chosen(asked: str, there: bool) -> str:
 
 def _precision(asked: str | None) -> tuple[str, bool]:
     """A GPU's own, and whether it has the one asked for."""
-    return default_precision("cuda:0"), asked is None or has_precision("cuda:0", asked)
+    return sweep.default_precision("cuda:0"), asked is None or sweep.has_precision("cuda:0", asked)
 
 
 @dataclass
@@ -145,7 +138,7 @@ class OnRay:
 
     def precision(self, device: str, asked: str | None) -> str:
         if device == "cpu":
-            usual, there = default_precision(device), asked is None or has_precision(device, asked)
+            usual, there = sweep.default_precision(device), asked is None or sweep.has_precision(device, asked)
         else:
             self.engine.cpus, self.engine.gpus = 1, 1
             usual, there = self.engine.call(_precision, asked)
@@ -162,7 +155,7 @@ class OnRay:
         pack: int | None,
         compiled: str,
     ) -> tuple[Machine, str]:
-        check_counts(jobs=jobs, threads=threads, pack=pack, compiled=compiled)
+        sweep.check_counts(jobs=jobs, threads=threads, pack=pack, compiled=compiled)
         nodes, runs = self.engine.nodes, max(len(configs), 1)
         if device == "cuda":
             nodes = [node for node in nodes if node.gpus]
@@ -253,7 +246,7 @@ class OnSlurm:
         pack: int | None,
         compiled: str,
     ) -> tuple[Machine, str]:
-        check_counts(jobs=jobs, threads=threads, pack=pack, compiled=compiled)
+        sweep.check_counts(jobs=jobs, threads=threads, pack=pack, compiled=compiled)
         threads, runs = threads or 1, max(len(configs), 1)
         if pack is None:
             pack = 0 if device == "cuda" and jobs else 1

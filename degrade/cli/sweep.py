@@ -151,7 +151,7 @@ def sweep(
     address: Annotated[
         str | None,
         option(
-            "ADDRESS",
+            "TEXT",
             "Of Ray: auto, HOST:PORT or ray://HOST:PORT.",
             ["auto", "ray://"],
             show_default="one on this machine, for this sweep",
@@ -159,12 +159,12 @@ def sweep(
         ),
     ] = None,
     partition: Annotated[
-        str | None, option("NAME", "Of SLURM, for the jobs.", show_default="the cluster's own", **CLUSTER)
+        str | None, option("TEXT", "Of SLURM, for the jobs.", show_default="the cluster's own", **CLUSTER)
     ] = None,
     time: Annotated[
         str | None,
         option(
-            "TIME",
+            "TEXT",
             "Of each SLURM job (30, 8:00:00); what needs longer is put into the queue again, and goes on.",
             show_default="60 minutes",
             **CLUSTER,
@@ -225,6 +225,8 @@ def sweep(
     """
     group = None
     if started_together():
+        if executor != "local":
+            raise ValueError(f"torchrun trains here, not on {executor}; use one of them")
         from degrade import sweep as engine
         from degrade.engine.group import join
         from degrade.train import check_shares
