@@ -177,7 +177,7 @@ def read_checkpoint(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ValueError(error.strerror) from None
+        raise ValueError(error.strerror) from error
     if path.stem.rpartition("-")[2] != hashlib.sha256(data).hexdigest():
         raise ValueError("its bytes are not those it was written with")
     return data
@@ -188,26 +188,30 @@ class Lock:
 
     def __init__(self, path: Path, descriptor: int):
         self.path, self.descriptor = path, descriptor
+        self.line = b""  # that names this process, once it is written
 
     @property
     def in_place(self) -> bool:
-        """Whether its file is still the one at its path; where it was deleted, others may have taken the lock.
+        """Whether its file is still the one at its path, and names this process.
 
-        The path is opened, since NFS answers that anew, but may answer `stat` from a minute ago.
+        Where it was deleted, others may have taken the lock; and where a file server has waited in vain for this
+        machine, they may have taken this very file. The path is opened, since NFS answers that anew, but may answer
+        `stat` from a minute ago.
         """
         try:
             there = os.open(self.path, os.O_RDONLY)
         except FileNotFoundError:
             return False
         try:
-            return os.path.samestat(os.fstat(self.descriptor), os.fstat(there))
+            same = os.path.samestat(os.fstat(self.descriptor), os.fstat(there))
+            return same and (not self.line or os.pread(there, 300, 0) == self.line)
         finally:
             os.close(there)
 
     def check(self) -> None:
         """
         Raises:
-            Failure: its file was deleted or replaced.
+            Failure: its file was deleted or replaced, or names another process.
         """
         if not self.in_place:
             raise Failure(f"{self.path} was taken away while it was held; nothing more is written")
@@ -237,6 +241,7 @@ def hold(path: Path, *, wait: bool = False, owner: str = "") -> Iterator[Lock]:
             line = f"{os.getpid()} {socket.gethostname()} {owner}".rstrip().encode() + b"\n"
             os.pwrite(descriptor, line, 0)
             os.truncate(descriptor, len(line))
+            lock.line = line
             threading.Thread(target=_beat, args=(lock, ended), daemon=True).start()
             yield lock
             return
@@ -254,7 +259,7 @@ def fence(path: Path, owner: str) -> None:
     if descriptor is None:
         return
     try:
-        if _named(descriptor).owner == owner:
+        if owner and _named(descriptor).owner == owner:
             remove(path)
     finally:
         os.close(descriptor)

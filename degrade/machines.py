@@ -4,7 +4,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +19,7 @@ from degrade.execute.remote import Engine
 from degrade.provenance import code
 from degrade.sweep import Machine
 
+BUSY = 60.0  # seconds after which it is not told how long a sweep will take
 DOWNLOAD = 3600.0  # seconds that the nodes have to fetch a data set
 MINUTES = re.compile(r"(?:(?P<days>\d{1,3})-)?(?P<a>\d{1,5})(?::(?P<b>\d\d?))?(?::(?P<c>\d\d?))?")  # of SLURM
 
@@ -63,6 +64,9 @@ class Machines(Protocol):
             ValueError: there is no such machine.
         """
 
+    def use(self, machine: Machine) -> None:
+        """Give jobs from here on what the machine takes."""
+
     def estimate(self, configs: Sequence[RunConfig], machine: Machine) -> dict[str, float]:
         """As `bench.estimate`; nothing where that cannot be told."""
 
@@ -102,6 +106,9 @@ class Here:
     ) -> tuple[Machine, str]:
         return sweep.resolve_machine(device, configs, jobs=jobs, threads=threads, pack=pack, compiled=compiled)
 
+    def use(self, machine: Machine) -> None:
+        pass
+
     def estimate(self, configs: Sequence[RunConfig], machine: Machine) -> dict[str, float]:
         return bench.estimate(configs, machine)
 
@@ -127,6 +134,7 @@ class OnRay:
     """A Ray cluster."""
 
     engine: ray.Ray
+    precisions: dict[str | None, tuple[str, bool]] = field(default_factory=dict)  # as far as the GPUs were asked
     name = "the Ray cluster"
 
     def device(self, asked: str) -> str:
@@ -141,7 +149,9 @@ class OnRay:
             usual, there = sweep.default_precision(device), asked is None or sweep.has_precision(device, asked)
         else:
             self.engine.cpus, self.engine.gpus = 1, 1
-            usual, there = self.engine.call(_precision, asked)
+            if asked not in self.precisions:
+                self.precisions[asked] = self.engine.call(_precision, asked)
+            usual, there = self.precisions[asked]
         if not there:
             raise ValueError(f"precision {asked} is not to be had on {self.name}'s {device}")
         return asked or usual
@@ -167,13 +177,20 @@ class OnRay:
             room = sum(node.cpus // threads for node in nodes)
         if not room or not any(node.cpus >= threads for node in nodes):
             raise ValueError(f"no node of the Ray cluster has {threads} CPUs for a run; lower --threads")
-        self.engine.cpus, self.engine.gpus, self.engine.at_once = threads, int(device == "cuda"), jobs
+        self.engine.at_once = jobs
         jobs = max(min(jobs or room, room, runs), 1)
         return Machine(device, jobs, threads, (pack or 0) if device == "cuda" else (pack or 1), compiled), ""
 
+    def use(self, machine: Machine) -> None:
+        self.engine.cpus, self.engine.gpus = machine.threads, int(machine.device == "cuda")
+
     def estimate(self, configs: Sequence[RunConfig], machine: Machine) -> dict[str, float]:
+        self.use(machine)
         there = Machine("cuda:0" if machine.device == "cuda" else "cpu", 1, machine.threads)
-        seconds: dict[str, float] = self.engine.call(bench.estimate, list(configs), there)
+        try:
+            seconds: dict[str, float] = self.engine.call(bench.estimate, list(configs), there, patience=BUSY)
+        except Failure:  # there is no room now; the runs will wait for it
+            return {}
         return seconds
 
     def prepare(self, out: Path, datasets: Sequence[str], data_dir: Path | None) -> None:
@@ -224,6 +241,7 @@ class OnSlurm:
     start: Callable[..., slurm.Slurm]
     gpus: int
     engine: Engine | None = None
+    max_jobs: int | None = None
     name = "the SLURM cluster"
 
     def device(self, asked: str) -> str:
@@ -250,9 +268,12 @@ class OnSlurm:
         threads, runs = threads or 1, max(len(configs), 1)
         if pack is None:
             pack = 0 if device == "cuda" and jobs else 1
-        self.engine = self.start(cpus=threads, gpus=self.gpus, max_jobs=jobs)
+        self.max_jobs = jobs
         jobs = min(jobs or -(-runs // max(pack, 1)), runs)
         return Machine(device, jobs, threads, pack, compiled), ""
+
+    def use(self, machine: Machine) -> None:
+        self.engine = self.start(cpus=machine.threads, gpus=self.gpus, max_jobs=self.max_jobs)
 
     def estimate(self, configs: Sequence[RunConfig], machine: Machine) -> dict[str, float]:
         return {}  # a job to find out would wait in the queue

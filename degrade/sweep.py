@@ -29,6 +29,7 @@ from degrade.errors import Failure
 from degrade.execute import Crowded, Event
 from degrade.execute.local import execute
 from degrade.execute.remote import Engine, execute_elsewhere
+from degrade.execute.slurm import may_begin
 from degrade.log import Epoch, to_csv
 from degrade.nets import FAMILIES
 from degrade.provenance import Clock, Provenance
@@ -39,7 +40,7 @@ REPORT_SECONDS = 0.25
 COMPILED_FROM = 30e12  # floating-point operations of a run: minutes on a core, and compiling costs ten seconds or so
 MAX_PACK = 10  # the nets of the paper
 SILENCE = 60.0  # seconds without a sign of life, after which a process that has a run counts as frozen
-JOBS = ".jobs-"  # and a sweep's name: the folder in a study's for what its jobs elsewhere have to say
+JOBS = ".jobs-"  # and a name: the folder in a study's for what a sweep's jobs elsewhere have to say
 
 
 class Progress(NamedTuple):
@@ -266,8 +267,8 @@ def sweep(
         has the run, which is waited for or, where that process has been frozen for `SILENCE` seconds, left to it.
     """
     study.create([run.config for run in runs])
-    todo, held = list(runs), _Elsewhere()
     owner = secrets.token_hex(8)
+    todo, held = list(runs), _Elsewhere(owner)
     while todo:
         tasks = [
             Task(
@@ -285,7 +286,7 @@ def sweep(
             for run in todo
         ]
         if engine:
-            events = _train_elsewhere(engine, tasks, machine, study.folder.absolute() / f"{JOBS}{owner}")
+            events = _train_elsewhere(engine, tasks, machine, study.folder.absolute() / f"{JOBS}{secrets.token_hex(8)}")
         else:
             function = train_run if group.size == 1 else partial(train_run, group=group)
             events = execute(function, tasks, machine.places, machine.pack)
@@ -306,11 +307,14 @@ def sweep(
 
 def _train_elsewhere(engine: Engine, tasks: Sequence[Task], machine: Machine, folder: Path) -> Iterator[Event]:
     """Train the runs on an engine's machines; `folder` is for what these have to say."""
-    tasks = [replace(task, folder=task.folder.absolute()) for task in tasks]
+    tasks = [
+        replace(task, folder=task.folder.absolute(), data_dir=task.data_dir and task.data_dir.absolute())
+        for task in tasks
+    ]
     place = "cuda:0" if machine.device == "cuda" else machine.device  # a job sees its own GPU alone
     commit.make_folder(folder)
     with contextlib.ExitStack() as stack:
-        stack.callback(_remove_jobs, folder.parent)
+        stack.callback(_remove_jobs, folder.parent, folder)
         stack.enter_context(commit.hold(folder / "driver"))
         for event in execute_elsewhere(
             engine,
@@ -325,10 +329,11 @@ def _train_elsewhere(engine: Engine, tasks: Sequence[Task], machine: Machine, fo
             yield event._replace(value=Progress.of(event.value)) if event.kind == "value" else event
 
 
-def _remove_jobs(study: Path) -> None:
-    """Remove what jobs had to say in sweeps that are over, or were killed."""
+def _remove_jobs(study: Path, mine: Path) -> None:
+    """Remove what jobs had to say in this sweep, and in others that were killed, unless some may wait in a queue."""
     for folder in study.glob(f"{JOBS}*"):
-        if not commit.holder(folder / "driver"):
+        over = (folder / "driver").exists() and not commit.holder(folder / "driver") and not may_begin(folder)
+        if over or folder == mine:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -354,15 +359,18 @@ def run_elsewhere(task: Task, device: str) -> Iterator[list[Any] | None]:
     if not has_precision(device, precision):
         raise Failure(f"there is no {precision} on {device}; name another --precision, and another --study")
     fetch(task.config.dataset, data_dir)
-    compiled = task.compiled and not why_not(device)
-    for progress in train_run(replace(task, data_dir=data_dir, compiled=compiled), device):
-        yield progress.plain() if progress else None
+    reason = why_not(device) if task.compiled else None
+    note = (f"{task.folder.name}: not compiled, since that does not work there: {reason}",) if reason else ()
+    for progress in train_run(replace(task, data_dir=data_dir, compiled=task.compiled and not reason), device):
+        yield progress._replace(notes=note + progress.notes).plain() if progress else None
+        note = () if progress else note
 
 
 class _Elsewhere:
-    """The runs that other processes train."""
+    """The runs that other processes train; among them may be a frozen one that trains for this sweep, its `owner`."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
         self.runs: list[Run] = []
         self.signs: dict[Path, tuple[int, float]] = {}  # of life, and when they were first seen
 
@@ -380,10 +388,14 @@ class _Elsewhere:
         return free
 
     def _frozen(self, run: Run) -> bool:
-        sign, now = commit.sign_of_life(run.folder / store.LOCK), time.monotonic()
+        lock, now = run.folder / store.LOCK, time.monotonic()
+        sign = commit.sign_of_life(lock)
         if sign != self.signs[run.folder][0]:
             self.signs[run.folder] = sign, now
-        return now - self.signs[run.folder][1] >= SILENCE
+        if now - self.signs[run.folder][1] < SILENCE:
+            return False
+        commit.fence(lock, self.owner)
+        return run.holder is not None
 
 
 def train_run(task: Task, device: str, group: Group = ALONE) -> Iterator[Progress | None]:
@@ -458,7 +470,7 @@ def _train_run(task: Task, device: str, lock: commit.Lock, group: Group) -> Iter
         return
     if (folder / store.ERROR).exists() and not task.retry:
         raise Failure(f"it has failed in another sweep: {run.error}")
-    _tidy(folder)
+    _tidy(folder, lock)
     provenance = Provenance(folder / store.ENVIRONMENT, device, task.threads, task.compiled, group.size, lock)
     prepare_process(provenance.threads, device)
     splits = load_splits(task.config, task.data_dir, device)
@@ -505,13 +517,14 @@ def _train_run(task: Task, device: str, lock: commit.Lock, group: Group) -> Iter
             pending.result()
 
 
-def _tidy(folder: Path) -> None:
+def _tidy(folder: Path, lock: commit.Lock) -> None:
     """Begin anew where an earlier process failed or was killed."""
     commit.make_folder(folder / store.CHECKPOINTS)
-    commit.remove(folder / store.ERROR)
-    for part in (folder, folder / store.CHECKPOINTS, folder / store.SNAPSHOTS):
-        for path in commit.leavings(part):
-            commit.remove(path)
+    parts = (folder, folder / store.CHECKPOINTS, folder / store.SNAPSHOTS)
+    stale = [folder / store.ERROR, *(path for part in parts for path in commit.leavings(part))]
+    lock.check()  # once they are listed: what another process writes from here on is not among them
+    for path in stale:
+        commit.remove(path)
 
 
 def _restore(training: Training, run: Run, lock: commit.Lock) -> list[str]:
@@ -526,7 +539,8 @@ def _restore(training: Training, run: Run, lock: commit.Lock) -> list[str]:
             training.restore(commit.read_checkpoint(path))
         except ValueError as error:
             notes.append(f"{path.name} is damaged ({error})")
-            damaged.append(path)
+            if not isinstance(error.__cause__, OSError):  # or it may be read another time
+                damaged.append(path)
             continue
         _remove(damaged)
         if run.problem:

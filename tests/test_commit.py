@@ -267,9 +267,22 @@ def test_a_lock_whose_file_was_deleted_is_lost(tmp_path, how):
             other.check()
 
 
+def test_a_lock_whose_file_names_another_process_is_lost(tmp_path):
+    """A file server that has heard nothing of this machine for long may give the lock on this very file to others."""
+    path = tmp_path / "lock"
+    with hold(path) as lock:
+        lock.check()
+        path.write_text("7 node3\n")
+        with pytest.raises(Failure, match="was taken away"):
+            write_file(tmp_path / "log.csv", b"old", lock)
+
+
 def test_a_lock_is_taken_away_from_its_owner_alone(tmp_path):
     path = tmp_path / "lock"
     commit.fence(path, "sweep-1")  # nobody has it
+    with hold(path) as lock:
+        commit.fence(path, "")
+        lock.check()
     with hold(path, owner="sweep-1") as lock:
         assert holder(path) == Holder(os.getpid(), socket.gethostname(), "sweep-1")
         commit.fence(path, "sweep-2")

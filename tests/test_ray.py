@@ -350,23 +350,31 @@ def test_a_folder_that_a_node_does_not_share_is_refused(cluster, data_dir, tmp_p
 
 
 def test_a_cluster_that_anyone_can_use_is_refused(monkeypatch):
-    class Open:
-        def everywhere(self, function):
-            return {on_ray.Node("1", "a", 1, 0): "token", on_ray.Node("2", "b", 1, 0): self.mode}
+    """However it is reached: what counts is where its head listens, and what every node demands."""
 
-    for address in ("127.0.0.1:6379", "localhost:6379", "ray://127.0.0.1:10001"):
+    class Open:
+        ray = property(lambda self: self)
+        get_runtime_context = property(lambda self: lambda: self)
+
+        def everywhere(self, function, idle):
+            assert idle  # the head too, which may have no CPU to give
+            return {on_ray.Node("1", "a", 0, 0): "token", on_ray.Node("2", "b", 1, 0): self.mode}
+
+    for address in ("127.0.0.1:6379", "localhost:6379"):
         assert not on_ray.needs_token(address)
-    for address in ("10.0.0.7:6379", "ray://head:10001", "example.org:6379", "0.0.0.0:1"):
+    for address in ("10.0.0.7:6379", "head:6379", "0.0.0.0:1"):
         assert on_ray.needs_token(address)
     there = Open()
-    there.mode = ""
+    there.gcs_address, there.mode = "10.0.0.7:6379", ""
     with pytest.raises(Failure, match="could run any code there"):
-        on_ray._demand_token(there, "ray://head:10001")
+        on_ray._demand_token(there)
     there.mode = "token"
+    on_ray._demand_token(there)
     monkeypatch.delenv("RAY_AUTH_MODE")
     with pytest.raises(Failure, match="RAY_AUTH_MODE=token"):  # which is not set here
-        on_ray._demand_token(there, "ray://head:10001")
-    on_ray._demand_token(there, "ray://127.0.0.1:10001")
+        on_ray._demand_token(there)
+    there.gcs_address = "127.0.0.1:6379"
+    on_ray._demand_token(there)
 
 
 @pytest.mark.parametrize(

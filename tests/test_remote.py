@@ -7,10 +7,12 @@ import os
 import signal
 import time
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import pytest
 from conftest import times
 
+from degrade.errors import Failure
 from degrade.execute import Crowded, Event, remote
 from degrade.execute.remote import Job, execute_elsewhere
 
@@ -60,6 +62,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(remote, "BEAT", 0.1)
     monkeypatch.setattr(remote, "FLUSH", 0.02)
     monkeypatch.setattr(remote, "POLL", 0.02)
+    monkeypatch.setattr(remote, "PAUSE", 0.05)
 
 
 def squares(n, place):
@@ -248,6 +251,98 @@ def test_what_was_under_way_to_a_machine_that_was_lost_is_started_again(tmp_path
     assert [event.kind for event in events[1:]] == ["started", "value", "value", "done"]
     engine.started[0].join(10)
     assert not engine.started[0].is_alive()
+
+
+def test_jobs_that_never_begin_are_submitted_however_often_machines_are_lost(tmp_path):
+    class Shrinking(Processes):
+        def submit(self, jobs):
+            if self.machines_lost == 3 * remote.TRIES:
+                return super().submit(jobs)
+            processes = [FORK.Process(target=time.sleep, args=(60,), daemon=True) for _ in jobs]
+            for process in processes:
+                process.start()
+            return processes
+
+        def losses(self):
+            self.machines_lost = min(self.machines_lost + 1, 3 * remote.TRIES)
+            return self.machines_lost
+
+    events = list(execute_elsewhere(Shrinking(), squares, [2, 1], [[0], [1]], tmp_path))
+    assert Counter(event.kind for event in events)["lost"] > 2 * remote.TRIES
+    assert Counter((event.item, event.kind) for event in events if event.kind == "done") == {
+        (0, "done"): 1,
+        (1, "done"): 1,
+    }
+
+
+def test_an_item_whose_jobs_last_may_lose_any_number_of_them(tmp_path, monkeypatch):
+    """As a run on machines that are taken away every few hours, which gets further each time."""
+    monkeypatch.setattr(remote, "LASTING", 0.2)
+    monkeypatch.setattr(remote, "TRIES", 2)
+
+    def lasting(path, place):
+        with open(path, "a") as file:
+            file.write("tried\n")
+        yield "begun"
+        time.sleep(0.3)
+        if Path(path).read_text().count("tried") < 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    kinds = Counter(e.kind for e in execute_elsewhere(Processes(), lasting, [str(tmp_path / "a")], [[0]], tmp_path))
+    assert kinds == {"started": 5, "value": 5, "lost": 4, "done": 1}
+
+
+def noted(item, place):
+    folder, n = item
+    with open(f"{folder}/begun-{n}", "a") as file:
+        file.write(f"{os.getpid()}\n")
+    yield "begun"
+    time.sleep(0.5)
+
+
+def test_a_job_that_was_given_up_begins_nothing_more(tmp_path):
+    """It comes back with items left that nobody has begun: these are somebody else's by now."""
+    engine = Unreachable()
+    items = [(str(tmp_path), n) for n in range(3)]
+    for event in execute_elsewhere(engine, noted, items, [[0, 1, 2]], tmp_path, silence=1.0):
+        if event.kind == "value" and len(engine.started) == 1:
+            os.kill(engine.started[0].pid, signal.SIGSTOP)
+        if event.kind == "lost":
+            os.kill(engine.started[0].pid, signal.SIGCONT)
+    engine.started[0].join(10)
+    assert engine.started[0].exitcode == 1
+    begun = {n: (tmp_path / f"begun-{n}").read_text().split() for n in range(3)}
+    assert begun[0][0] == str(engine.started[0].pid)
+    assert [pids.count(str(engine.started[0].pid)) for pids in begun.values()] == [1, 0, 0]
+
+
+def test_an_engine_that_takes_no_job_for_a_while_costs_the_others_nothing(tmp_path):
+    class Busy(Processes):
+        refusals = 0
+
+        def submit(self, jobs):
+            if self.started and self.refusals < 3:
+                self.refusals += 1
+                raise Failure("sbatch: timed out")
+            return super().submit(jobs)
+
+    engine = Busy()
+    item = (str(tmp_path), "SIGKILL")
+    events = list(execute_elsewhere(engine, once_or_slow, [item, 2.0], [[0], [1]], tmp_path))
+    assert Counter(event.kind for event in events if event.item == 1) == {"started": 1, "value": 2, "done": 1}
+    assert Counter(event.kind for event in events if event.item == 0)["done"] == 1
+    assert engine.refusals == 3
+
+    class Closed(Processes):
+        def submit(self, jobs):
+            raise Failure("sbatch: no")
+
+    with pytest.raises(Failure, match="sbatch: no"):
+        list(execute_elsewhere(Closed(), squares, [1], [[0]], tmp_path))
+
+
+def once_or_slow(item, place):
+    yield from (once_troubled if isinstance(item, tuple) else slow)(item, place)
 
 
 def test_closing_ends_all_jobs(tmp_path):

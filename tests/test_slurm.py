@@ -17,7 +17,7 @@ from conftest import smoke, tally
 
 from degrade import machines, store
 from degrade.execute import slurm
-from degrade.execute.remote import execute_elsewhere
+from degrade.execute.remote import Job, execute_elsewhere
 from degrade.sweep import Machine, find_runs, sweep
 
 RUNS = [smoke(block) for block in ("plain", "residual")]
@@ -276,6 +276,40 @@ def test_a_sweep_that_is_stopped_takes_its_jobs_with_it(cluster, tmp_path, data_
     wait_for(lambda: not queue(), 20)
 
 
+def test_a_job_that_cannot_be_put_into_the_queue_again_is_no_failure_of_its_run(tmp_path):
+    """submitit calls scontrol in the middle of whatever is being trained."""
+
+    def refuse(*_):
+        raise subprocess.CalledProcessError(1, "scontrol")
+
+    def function(item, place):
+        try:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            yield from (1, 2, 3)
+        except Exception as error:
+            (tmp_path / "error.txt").write_text(str(error))
+
+    before = signal.signal(signal.SIGUSR2, refuse)
+    try:
+        with pytest.raises(SystemExit, match="not put into the queue again"):
+            slurm._Requeued(Job(function, [(0, 0)], "cpu", 1, tmp_path / "events"))()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert not (tmp_path / "error.txt").exists()
+
+
+def test_the_reason_of_a_job_that_fails_is_told(tmp_path, importable):
+    """The folder for its events is gone; the last line of submitit's own message is no more than a path."""
+    engine = slurm.Slurm(cluster="local")
+    (tmp_path / "there").mkdir()
+    (handle,) = engine.submit([Job(squares, [(0, 1)], "cpu", broken, tmp_path / "there" / "events")])
+    assert wait_for(lambda: engine.state(handle)) == "LookupError: no room here"
+
+
+def broken(place, items):
+    raise LookupError("no room here")
+
+
 def test_a_partition_that_is_not_there_is_one_line(cluster, tmp_path, data_dir):
     with sweeping(tmp_path / "out", data_dir, "--partition", "gpu") as process:
         _, errors = process.communicate(timeout=60)
@@ -344,5 +378,7 @@ def test_gpus_are_shared_out(monkeypatch):
     eight = [smoke(seed=seed) for seed in range(8)]
     assert there.machine("cuda", eight, None, None, None, "auto")[0] == Machine("cuda", 8, 1, 1, "auto")
     assert there.machine("cuda", eight, 2, None, None, "auto")[0] == Machine("cuda", 2, 1, 0, "auto")
-    assert there.machine("cuda", eight, None, 4, 3, "auto")[0] == Machine("cuda", 3, 4, 3, "auto")
+    machine, _ = there.machine("cuda", eight, None, 4, 3, "auto")
+    assert machine == Machine("cuda", 3, 4, 3, "auto")
+    there.use(machine)
     assert asked[-1] == {"cpus": 4, "gpus": 1, "max_jobs": None}

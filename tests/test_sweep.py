@@ -351,7 +351,7 @@ class TestTroubledRuns:
         from degrade import sweep as module
 
         monkeypatch.setattr(module, "SILENCE", 0.5)
-        held = module._Elsewhere()
+        held = module._Elsewhere("this sweep")
         with contextlib.ExitStack() as stack:
             for seed in range(4):
                 run = new_run(tmp_path / "s", smoke(seed=seed))
@@ -360,6 +360,24 @@ class TestTroubledRuns:
             start = time.monotonic()
             assert held.wait() == []
             assert 0.5 <= time.monotonic() - start < 1.5
+
+    def test_a_run_is_taken_away_from_a_frozen_process_of_this_sweep_s_own(self, tmp_path, monkeypatch):
+        """SLURM may start a job again somewhere else while the old one is out of reach, but holds its lock."""
+        from degrade import sweep as module
+
+        monkeypatch.setattr(module, "SILENCE", 0.5)
+        held = module._Elsewhere("ours")
+        runs = [new_run(tmp_path / "s", smoke(seed=seed)) for seed in range(2)]
+        with (
+            commit.hold(runs[0].folder / store.LOCK, owner="ours") as lock,
+            commit.hold(runs[1].folder / store.LOCK, owner="theirs") as other,
+        ):
+            for run in runs:
+                held.add(run)
+            assert held.wait() == runs[:1]
+            other.check()
+            with pytest.raises(Failure, match="was taken away"):
+                lock.check()
 
     def test_a_run_held_by_another_process_is_left_to_it(self, data_dir, tmp_path):
         run = new_run(tmp_path / "s", smoke())

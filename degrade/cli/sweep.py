@@ -285,8 +285,11 @@ def sweep(
         wanted["dataset"] = full_name(wanted.get("dataset", "cifar10"))
     kept = numbers(snapshots, "--snapshots") or []
     studies = _studies(wanted, axes)
+    longest = max(map(len, nets.values()))  # so that each depth, block and seed is looked at, though not each net
+    some = [{name: [values[i % len(values)]] for name, values in nets.items()} for i in range(longest)]
     for asked in studies:  # bad input is told before torch is imported
-        (config, *_) = configs_of(nets, asked.dataset, protocol_fields(asked.protocol, asked.fields, asked.dataset))
+        fields = protocol_fields(asked.protocol, asked.fields, asked.dataset)
+        (config, *_) = [configs_of(net, asked.dataset, fields)[0] for net in some]
         if kept and not 0 <= min(kept) <= max(kept) <= config.steps:
             raise ValueError(f"--snapshots must be steps from 0 to {config.steps:,}; got {snapshots}")
         study_folder(out, asked.name)
@@ -482,6 +485,7 @@ def _train(
     for plan in plans:
         if len(plans) > 1:
             say(f"Study {plan.study.folder}")
+        there.use(plan.machine)
         train_live(plan.study, plan.todo, plan.machine, data_dir, seconds, kept, group, there.engine)
 
 

@@ -59,16 +59,21 @@ class Ray:
     @property
     def nodes(self) -> list[Node]:
         """Those that are alive and have CPUs to give."""
+        return [node for node in self._alive() if node.cpus]
+
+    def _alive(self) -> list[Node]:
         nodes = []
         for node in self.ray.nodes():  # type: ignore[no-untyped-call]
-            resources = node.get("Resources", {})
-            if node["Alive"] and resources.get("CPU", 0) >= 1:
+            if node["Alive"]:
+                resources = node.get("Resources", {})
                 name = node.get("NodeManagerHostname") or node["NodeManagerAddress"]
-                nodes.append(Node(node["NodeID"], name, int(resources["CPU"]), int(resources.get("GPU", 0))))
+                nodes.append(Node(node["NodeID"], name, int(resources.get("CPU", 0)), int(resources.get("GPU", 0))))
         return sorted(nodes, key=lambda node: (node.name, node.id))
 
-    def everywhere(self, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE) -> dict[Node, Any]:
-        """What the function gives on each node.
+    def everywhere(
+        self, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE, idle: bool = False
+    ) -> dict[Node, Any]:
+        """What the function gives on each node; on those without CPUs to give too, if `idle`.
 
         Raises:
             Failure: it fails on a node, or gives nothing for so many seconds.
@@ -79,17 +84,19 @@ class Ray:
             node: self._remote(
                 function, num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, False)
             ).remote(*arguments)
-            for node in self.nodes
+            for node in (self._alive() if idle else self.nodes)
         }
         return {node: self._get(ref, f"node {node.name}", patience) for node, ref in refs.items()}
 
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def call(self, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE) -> Any:
         """What the function gives where a job would run.
 
         Raises:
             Failure: it fails there, or there is no room for minutes.
         """
-        return self._get(self._remote(function, num_cpus=self.cpus, num_gpus=self.gpus).remote(*arguments), "Ray")
+        return self._get(
+            self._remote(function, num_cpus=self.cpus, num_gpus=self.gpus).remote(*arguments), "Ray", patience
+        )
 
     def _remote(self, function: Callable[..., Any], **options: Any) -> Any:
         """What becomes of a call is seen to here, not by Ray."""
@@ -153,8 +160,8 @@ def _line(error: BaseException) -> str:
 
 
 def needs_token(address: str) -> bool:
-    """Whether others than this machine's could reach the cluster."""
-    return not address.removeprefix("ray://").startswith(LOOPBACK)
+    """Whether others than this machine's could reach a cluster whose head is at the address."""
+    return not address.startswith(LOOPBACK)
 
 
 @contextmanager
@@ -191,7 +198,7 @@ def join(address: str | None = None, cpus: int | None = None) -> Iterator[Ray]:
         try:
             cluster = Ray()
             if address is not None:
-                _demand_token(cluster, address)
+                _demand_token(cluster)
             yield cluster
         finally:
             ray.shutdown()
@@ -238,16 +245,16 @@ def _listens(address: str) -> None:
             raise Failure(f"there is no Ray cluster to join at {address}: {each}:{port}: {reason}") from None
 
 
-def _demand_token(cluster: Ray, address: str) -> None:
+def _demand_token(cluster: Ray) -> None:
     """
     Raises:
         Failure: anyone on the network could run what they like on the cluster.
     """
-    where = address if address.startswith("ray://") else str(cluster.ray.get_runtime_context().gcs_address)
+    where = str(cluster.ray.get_runtime_context().gcs_address)
     if not needs_token(where):
         return
-    open_nodes = [node for node, mode in cluster.everywhere(_auth_mode).items() if mode != "token"]
-    if open_nodes or os.environ.get("RAY_AUTH_MODE") != "token":
+    modes = set(cluster.everywhere(_auth_mode, idle=True).values())
+    if modes != {"token"} or os.environ.get("RAY_AUTH_MODE") != "token":
         raise Failure(
             f"Ray at {where} can be used by anyone who reaches it, and they could run any code there. "
             "Start it with RAY_AUTH_MODE=token (ray get-auth-token --generate makes a token), and set that here too"

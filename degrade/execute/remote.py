@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from degrade.errors import Failure
 from degrade.execute import Error, Event
 from degrade.execute.local import Function, execute
 
@@ -25,7 +26,9 @@ FLUSH = 0.5  # seconds that a line may wait, at most
 POLL = 0.25  # seconds between two looks at the files
 SILENCE = 60.0  # seconds without a line, after which a job counts as lost
 TRIES = 5  # that an item has, where jobs are lost with it
-ENDED = "its job ended before it did"
+ENDED, NEVER_BEGUN = "its job ended before it did", "its machine was lost before it began"
+LASTING = 600.0  # seconds after which a job has certainly come further: what it loses then is no try
+PAUSE = 5.0  # seconds, for each try, before an item is started again
 Pack = int | Callable[[str, Sequence[Any]], int]
 
 
@@ -59,23 +62,20 @@ class Job:
             for event in execute(self.function, items, [self.place], pack):
                 write(numbers[event.item], event.kind, event.value)
 
-    def checkpoint(self) -> Any:
-        """What submitit puts into the queue again where time is up: the same, which goes on where it was."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
-
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[Callable[..., None]]:
     """A function that appends a line of JSON to the file, in good time; in this context the file shows a sign of life.
+
+    A process whose file is gone was given up, and ends at once: what it was to begin next is somebody else's.
 
     Raises:
         OSError: on leaving, where the lines could not be written.
     """
     lines = [b"\n"]  # the line before may be one that was cut off with its process
     mutex, ended = threading.Lock(), threading.Event()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    synced = getattr(os, "O_DSYNC", 0)  # or NFS would keep the lines for half a minute
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | synced, 0o644)
 
     def write(*values: Any) -> None:
         with mutex:
@@ -87,6 +87,8 @@ def _writing(path: Path) -> Iterator[Callable[..., None]]:
     def flush(beat: bytes = b"") -> None:
         with mutex:
             data = b"".join(lines) or beat
+            if data and not _is_there(path):
+                os._exit(1)
             try:
                 while data:
                     data = data[os.write(descriptor, data) :]
@@ -113,6 +115,14 @@ def _writing(path: Path) -> Iterator[Callable[..., None]]:
             flush()
         finally:
             os.close(descriptor)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDONLY))  # since NFS may answer `stat` from a minute ago
+    except FileNotFoundError:
+        return False
+    return True
 
 
 class Engine(Protocol):
@@ -174,21 +184,31 @@ def execute_elsewhere(
     """
     tries = dict.fromkeys(range(len(items)), 0)  # that came to nothing
     serial = itertools.count()
-    waiting, attempts = list(shares), list[_Attempt]()
+    waiting = [(0.0, list(share)) for share in shares]  # and from when on it can be submitted
+    attempts: list[_Attempt] = []
+    silence = SILENCE if silence is None else silence
     try:
         while waiting or attempts:
             room = max(engine.at_once - len(attempts), 0) if engine.at_once else len(waiting)
-            groups, waiting = waiting[:room], waiting[room:]
-            jobs = [
-                Job(function, [(i, items[i]) for i in group], place, pack, folder / f"{next(serial)}.events")
-                for group in groups
-            ]
+            chosen = [entry for entry in waiting if entry[0] <= time.monotonic()][:room]
             losses = engine.losses()
-            handles = engine.submit(jobs) if jobs else []
-            attempts += [_Attempt(engine, *pair, losses) for pair in zip(jobs, handles, strict=True)]
+            if chosen:
+                jobs = [
+                    Job(function, [(i, items[i]) for i in group], place, pack, folder / f"{next(serial)}.events")
+                    for _, group in chosen
+                ]
+                waiting = [entry for entry in waiting if entry not in chosen]
+                try:
+                    handles = engine.submit(jobs)
+                except Failure:
+                    if not attempts:
+                        raise
+                    waiting += [(time.monotonic() + PAUSE, group) for _, group in chosen]
+                else:
+                    attempts += [_Attempt(engine, *pair, losses) for pair in zip(jobs, handles, strict=True)]
             time.sleep(POLL)
             for attempt in list(attempts):
-                how = attempt.lost(SILENCE if silence is None else silence)
+                how = attempt.lost(silence, losses)
                 yield from attempt.events()
                 if how is None:
                     continue
@@ -196,19 +216,27 @@ def execute_elsewhere(
                 if how:
                     engine.cancel([attempt.handle])
                     how = how if attempt.where in how else f"{how} ({attempt.where})"
+                attempt.give_up()
+                lasted = time.monotonic() - attempt.began > LASTING
                 again = []
                 for i, item in attempt.job.items:
                     if i not in attempt.left:
                         continue
                     lost(item)
-                    tries[i] += i in attempt.begun or not attempt.begun
+                    if lasted:
+                        tries[i] = 0
+                    elif how != NEVER_BEGUN:
+                        tries[i] += i in attempt.begun or not attempt.begun
                     if tries[i] == TRIES:
                         yield Event(i, "failed", Error("", f"{how or ENDED}; it was tried {TRIES} times", "", ""))
                         continue
                     yield Event(i, "lost", how or ENDED)
                     again.append(i)
-                apart = any(tries[i] > 1 for i in again)  # so that one that ends its process ends no other's for ever
-                waiting[:0] = [[i] for i in again] if apart else [again] if again else []
+                most = max((tries[i] for i in again), default=0)
+                groups = (
+                    [[i] for i in again] if most > 1 else [again] if again else []
+                )  # one may end the others' process
+                waiting[:0] = [(time.monotonic() + PAUSE * max(most - 1, 0), group) for group in groups]
     finally:
         engine.cancel([attempt.handle for attempt in attempts])
 
@@ -221,17 +249,18 @@ class _Attempt:
         self.left = {number for number, _ in job.items}
         self.begun: set[int] = set()
         self.where = ""
+        self.began = time.monotonic()
         self.offset = 0
         self.heard = time.monotonic()
 
-    def lost(self, silence: float) -> str | None:
+    def lost(self, silence: float, losses: int) -> str | None:
         """None while there is hope; empty where the job has come to its end; else how it was lost."""
         state = self.engine.state(self.handle)
         if state is not None or self.engine.is_waiting(self.handle):
             self.heard = time.monotonic()
             return state
         if not self.where:  # not begun, as far as is known here
-            return "its machine was lost before it began" if self.engine.losses() != self.losses else None
+            return NEVER_BEGUN if losses != self.losses else None
         if self._size() > self.offset:
             self.heard = time.monotonic()
         if time.monotonic() - self.heard > silence:
@@ -247,6 +276,10 @@ class _Attempt:
             return os.fstat(descriptor).st_size
         finally:
             os.close(descriptor)
+
+    def give_up(self) -> None:
+        """Whatever process there still is may begin nothing more."""
+        self.job.events.unlink(missing_ok=True)
 
     def events(self) -> Iterator[Event]:
         """What is new in the file."""
@@ -266,7 +299,7 @@ class _Attempt:
             except ValueError:  # a sign of life, or a line that was cut off
                 continue
             if first == "job":
-                self.where = f"process {kind} on {value}"
+                self.where, self.began = f"process {kind} on {value}", time.monotonic()
             elif first in self.left:  # a job that was put into the queue again says once more what is done
                 if kind == "started":
                     self.begun.add(first)

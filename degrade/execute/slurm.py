@@ -2,10 +2,15 @@
 
 import contextlib
 import os
+import re
 import shutil
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from degrade.errors import Failure
@@ -15,6 +20,38 @@ LOOK = 5.0  # seconds between two calls of squeue
 REQUEUES = 10_000  # that a job has: each is a time limit's worth of training, and none is in vain
 RUNNING = ("RUNNING", "COMPLETING")
 OVER = ("", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+
+
+@dataclass(frozen=True)
+class _Requeued:
+    """A job as submitit runs it, and puts it into the queue again where its time is up: it goes on where it was."""
+
+    job: Job
+
+    def __call__(self) -> None:
+        number = getattr(signal, os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"), signal.SIGUSR2)
+        requeue = signal.getsignal(number)
+
+        def leave(*arguments: Any) -> None:
+            """An error of scontrol's is none of the run that is being trained; whoever waits for the job sees to it."""
+            try:
+                requeue(*arguments)  # type: ignore[misc, operator]
+            except Exception as error:
+                raise SystemExit(f"not put into the queue again: {error}") from None
+
+        if callable(requeue) and threading.current_thread() is threading.main_thread():
+            signal.signal(number, leave)
+        self.job()
+
+    def checkpoint(self) -> Any:
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def may_begin(folder: Path) -> bool:
+    """Whether jobs that were submitted from the folder may not have ended yet."""
+    return len(list(folder.glob("*_submitted.pkl"))) > len(list(folder.glob("*_result.pkl")))
 
 
 class Slurm:
@@ -54,6 +91,7 @@ class Slurm:
             asked = {"slurm_partition": partition, "slurm_gpus_per_node": gpus}
             self.values |= {name: value for name, value in asked.items() if value}
             self.values |= {"slurm_additional_parameters": {"requeue": True}}
+            self.values |= {"slurm_srun_args": [f"--cpus-per-task={cpus}"]}  # which srun does not take from sbatch
         self._states: dict[str, str] = {}
         self._looked = 0.0
 
@@ -71,8 +109,12 @@ class Slurm:
             executor.update_parameters(slurm_array_parallelism=min(self.max_jobs or len(jobs), len(jobs)))
         try:
             with executor.batch():
-                handles = [executor.submit(job) for job in jobs]
-        except (subprocess.CalledProcessError, submitit.core.utils.FailedJobError) as error:
+                handles = [executor.submit(_Requeued(job)) for job in jobs]
+        except (
+            subprocess.CalledProcessError,
+            submitit.core.utils.FailedJobError,
+            submitit.core.utils.FailedSubmissionError,
+        ) as error:
             said = getattr(error, "stderr", "") or str(error)
             raise Failure(f"sbatch: {_last(said).removeprefix('sbatch: ')}") from None
         self._states |= {handle.job_id: "PENDING" for handle in handles}
@@ -81,8 +123,8 @@ class Slurm:
 
     def state(self, handle: Any) -> str | None:
         if self._has_result(handle):
-            error = handle.exception()
-            return _last(str(error)) if error else ""
+            error = handle.exception()  # submitit's frames the traceback by lines of dashes
+            return _last(re.split(r"^-{5,}$", f"{error}\n", flags=re.MULTILINE)[-2:][0]) if error else ""
         if self.cluster != "slurm":
             return None
         self._look()
