@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,9 @@ ray = pytest.importorskip("ray")
 NODE = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 * 2**20}
 CHECKS = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_timeout_ms": 1000}
 CHECKS |= {"health_check_failure_threshold": 3}
+with socket.socket() as _there:
+    _there.bind(("127.0.0.1", 0))
+    CLIENT = _there.getsockname()[1]  # a port for those outside of the cluster
 RUNS = [smoke(block, steps=64, milestones=(32,)) for block in ("plain", "residual")]
 DRIVER = """
 import sys
@@ -43,9 +47,8 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    there = Cluster(
-        True, head_node_args=NODE | {"num_cpus": 0, "_system_config": CHECKS | {"health_check_failure_threshold": 3}}
-    )
+    head = NODE | {"num_cpus": 0, "_system_config": CHECKS, "ray_client_server_port": CLIENT}
+    there = Cluster(True, head_node_args=head)
     for _ in range(3):
         there.add_node(**NODE)
     yield there
@@ -179,15 +182,15 @@ def test_a_job_holds_a_gpu_and_runs_several_items_in_it_and_one_without_sees_non
 
 
 def test_the_command_gives_the_bytes_of_one_machine(cluster, data_dir, tmp_path):
-    """`degrade sweep --executor ray` as a person types it, and the same command once more."""
+    """`degrade sweep --executor ray` as a person types it, and the same command from outside of the cluster."""
     common = ["sweep", "--depths", "8", "--dataset", "shapes", "--protocol", "smoke", "--threads", "1"]
     command = [sys.executable, "-m", "degrade", *common]
     options = {"capture_output": True, "text": True, "env": os.environ | {"DEGRADE_DATA": str(data_dir)}}
     here = subprocess.run([*command, "--out", tmp_path / "here"], **options)
     assert here.returncode == 0, here.stderr
-    for again in (False, True):
+    for again, address in ((False, f"ray://127.0.0.1:{CLIENT}"), (True, cluster.address)):
         there = subprocess.run(
-            [*command, "--out", tmp_path / "there", "--executor", "ray", "--address", cluster.address], **options
+            [*command, "--out", tmp_path / "there", "--executor", "ray", "--address", address], **options
         )
         assert (there.returncode, there.stderr) == (0, "")
         assert ("on the Ray cluster: cpu, 2 runs at a time, 1 thread each" in there.stdout) != again

@@ -186,7 +186,7 @@ def once_troubled(item, place):
 @pytest.mark.parametrize("engine", [Processes, Unreachable])
 def test_what_dies_or_freezes_is_started_again(tmp_path, how, engine):
     """Whoever was frozen is thawed in the end; what it has to say is not heard."""
-    freed, engine = [], engine()
+    freed, engine, start = [], engine(), time.monotonic()
     events = []
     for event in execute_elsewhere(
         engine, once_troubled, [(str(tmp_path), how)], [[0]], tmp_path, lost=freed.append, silence=1.0
@@ -197,6 +197,7 @@ def test_what_dies_or_freezes_is_started_again(tmp_path, how, engine):
     assert [event.kind for event in events if event.kind != "value"] == ["started", "lost", "started", "done"]
     assert values_of(events)[0] == ["begun", "begun", *["goes on"] * 3]
     assert len(freed) == 1
+    assert time.monotonic() - start < 20
     (lost,) = [event.value for event in events if event.kind == "lost"]
     assert ("has shown no sign of life for 1 s" in lost) == (how == "SIGSTOP")
     assert f"process {(tmp_path / how).read_text().split()[0]} on " in lost
