@@ -542,6 +542,8 @@ def _restore(training: Training, run: Run, lock: commit.Lock) -> list[str]:
             if not isinstance(error.__cause__, OSError):  # or it may be read another time
                 damaged.append(path)
             continue
+        if not path.name.startswith(f"{training.step:09d}-"):  # it is sound, but not what its name says
+            damaged.append(path)
         _remove(damaged)
         if run.problem:
             notes.append(f"{store.LOG} was damaged, and is written anew")
