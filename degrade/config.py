@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -369,6 +370,8 @@ def typed(name: str, value: Any) -> Any:
 
 
 TYPES: dict[str, Any] = {field.name: field.type for field in fields(RunConfig)}
+COMMON = tuple(name for name in TYPES if name not in SWEPT)
+common = operator.attrgetter(*COMMON)  # of a RunConfig: as `shared`, but as a tuple, which is quickly compared
 
 # What each named protocol changes of the paper's. Milestones stay at half and three quarters.
 PROTOCOLS: dict[str, dict[str, Any]] = {

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from degrade import commit
 from degrade.commit import Held, Holder, create_file, hold, make_folder, write_file
-from degrade.config import BLOCKS, SHALLOW, SWEPT, RunConfig, family_of, matches_protocol, run_id
+from degrade.config import BLOCKS, COMMON, SHALLOW, SWEPT, RunConfig, common, family_of, matches_protocol, run_id
 from degrade.errors import Failure
 from degrade.log import COLUMNS, VALIDATION, Columns, Epoch, last_row, to_columns, to_rows
 
@@ -290,6 +290,12 @@ class Study:
         return cls(folder, name, values["protocol"], shared, values.get("imported") is True, glance)
 
     @cached_property
+    def _common(self) -> tuple[Any, ...]:
+        """`shared`, as `config.common` has it."""
+        values = map(self.shared.get, COMMON)
+        return tuple(tuple(value) if isinstance(value, list) else value for value in values)
+
+    @cached_property
     def _found(self) -> tuple[list[Run], list[str]]:
         runs, damaged = [], []
         for folder in _subfolders(self.folder):
@@ -303,7 +309,7 @@ class Study:
             except Failure as error:
                 damaged.append(str(error))
             else:
-                if run.config.shared() == self.shared:
+                if common(run.config) == self._common:
                     runs.append(run)
                 else:
                     there = difference(self.shared, run.config)
@@ -330,7 +336,7 @@ class Study:
             ValueError: a configuration differs from the study's in more than block, depth and seed.
         """
         for config in configs:
-            if config.shared() != self.shared:
+            if common(config) != self._common:
                 raise ValueError(
                     f"study {self.name} was run with another protocol: {difference(self.shared, config)}. "
                     "Give this sweep a study of its own with --study NAME"
