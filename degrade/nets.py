@@ -26,11 +26,28 @@ class PadShortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
 
 
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution without bias.
+
+    Of numbers of channels that are no multiple of 8 it is a matrix product: on processors without AVX-512 oneDNN writes
+    past the end of the gradient of the weights then (torch 2.15: "double free or corruption", or a segmentation fault).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
+        super().__init__(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_channels % 8 == 0 and self.out_channels % 8 == 0:
+            return super().forward(x)
+        pixels = x[:, :, :: self.stride[0], :: self.stride[1]].permute(0, 2, 3, 1)  # (B, H, W, C)
+        return F.linear(pixels, self.weight.flatten(1)).permute(0, 3, 1, 2)
+
+
 def make_shortcut(option: str, in_channels: int, out_channels: int, stride: int) -> nn.Module:
     """A: identity, zero padded where the shape changes. B: projection there. C: projection everywhere."""
     same_shape = stride == 1 and in_channels == out_channels
     if option == "C" or (option == "B" and not same_shape):
-        return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+        return nn.Sequential(Pointwise(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
     return nn.Identity() if same_shape else PadShortcut(in_channels, out_channels, stride)
 
 
@@ -88,11 +105,11 @@ class Bottleneck(PostActivation):
     def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: str | None):
         super().__init__()
         narrow = out_channels // 4
-        self.conv1 = nn.Conv2d(in_channels, narrow, 1, bias=False)
+        self.conv1 = Pointwise(in_channels, narrow)
         self.bn1 = nn.BatchNorm2d(narrow)
         self.conv2 = nn.Conv2d(narrow, narrow, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(narrow)
-        self.conv3 = nn.Conv2d(narrow, out_channels, 1, bias=False)
+        self.conv3 = Pointwise(narrow, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.residual = shortcut is not None
         self.shortcut = make_shortcut(shortcut or "A", in_channels, out_channels, stride)

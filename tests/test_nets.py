@@ -308,3 +308,15 @@ def copy_in_order(theirs, ours):
     pairs = [[m for m in net.modules() if isinstance(m, kinds)] for net in (theirs, ours)]
     for a, b in zip(*pairs, strict=True):
         b.load_state_dict(a.state_dict())
+
+
+@pytest.mark.parametrize(("in_channels", "out_channels"), [(4, 8), (1, 3), (12, 16), (16, 32)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_pointwise_convolution_of_any_number_of_channels_is_the_convolution(in_channels, out_channels, stride):
+    """And its gradient is within its own bounds: channels that are no multiple of 8 broke oneDNN on AVX2."""
+    conv = nets.Pointwise(in_channels, out_channels, stride)
+    x = torch.randn(5, in_channels, 9, 8).contiguous(memory_format=torch.channels_last)
+    expected = torch.nn.functional.conv2d(x.double(), conv.weight.double(), stride=stride)
+    torch.testing.assert_close(conv(x).double(), expected, atol=1e-5, rtol=1e-5)
+    conv(x).square().sum().backward()
+    assert conv.weight.grad.shape == (out_channels, in_channels, 1, 1)
