@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from degrade.nets import PadShortcut, TwoLayers, cifar_net, imagenet_net, parameter_count, zero_gamma
+from degrade.nets import PadShortcut, Pointwise, TwoLayers, cifar_net, imagenet_net, parameter_count, zero_gamma
 
 
 @pytest.mark.parametrize("block", ["plain", "residual"])
@@ -314,9 +314,9 @@ def copy_in_order(theirs, ours):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_pointwise_convolution_of_any_number_of_channels_is_the_convolution(in_channels, out_channels, stride):
     """And its gradient is within its own bounds: channels that are no multiple of 8 broke oneDNN on AVX2."""
-    conv = nets.Pointwise(in_channels, out_channels, stride)
+    conv = Pointwise(in_channels, out_channels, stride)
     x = torch.randn(5, in_channels, 9, 8).contiguous(memory_format=torch.channels_last)
-    expected = torch.nn.functional.conv2d(x.double(), conv.weight.double(), stride=stride)
+    expected = F.conv2d(x.double(), conv.weight.double(), stride=stride)
     torch.testing.assert_close(conv(x).double(), expected, atol=1e-5, rtol=1e-5)
     conv(x).square().sum().backward()
     assert conv.weight.grad.shape == (out_channels, in_channels, 1, 1)
