@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from degrade import bench, commit, sweep
 from degrade.config import RunConfig
@@ -22,6 +22,16 @@ from degrade.sweep import Machine
 BUSY = 60.0  # seconds after which it is not told how long a sweep will take
 DOWNLOAD = 3600.0  # seconds that the nodes have to fetch a data set
 MINUTES = re.compile(r"(?:(?P<days>\d{1,3})-)?(?P<a>\d{1,5})(?::(?P<b>\d\d?))?(?::(?P<c>\d\d?))?")  # of SLURM
+
+
+class Wanted(NamedTuple):
+    """How runs are to be trained; None stands for "auto"."""
+
+    device: str
+    jobs: int | None = None
+    threads: int | None = None
+    pack: int | None = None
+    compiled: str = "auto"
 
 
 class Machines(Protocol):
@@ -49,16 +59,8 @@ class Machines(Protocol):
             ValueError: the device has it not.
         """
 
-    def machine(
-        self,
-        device: str,
-        configs: Sequence[RunConfig],
-        jobs: int | None,
-        threads: int | None,
-        pack: int | None,
-        compiled: str,
-    ) -> tuple[Machine, str]:
-        """What these runs are trained on, None standing for "auto"; and what cannot be had, if anything, in a line.
+    def machine(self, configs: Sequence[RunConfig], wanted: Wanted) -> tuple[Machine, str]:
+        """What these runs are trained on; and what cannot be had, if anything, in a line.
 
         Raises:
             ValueError: there is no such machine.
@@ -95,15 +97,8 @@ class Here:
             raise ValueError(f"precision {asked} needs {where}; device is {device}")
         return asked
 
-    def machine(
-        self,
-        device: str,
-        configs: Sequence[RunConfig],
-        jobs: int | None,
-        threads: int | None,
-        pack: int | None,
-        compiled: str,
-    ) -> tuple[Machine, str]:
+    def machine(self, configs: Sequence[RunConfig], wanted: Wanted) -> tuple[Machine, str]:
+        device, jobs, threads, pack, compiled = wanted
         return sweep.resolve_machine(device, configs, jobs=jobs, threads=threads, pack=pack, compiled=compiled)
 
     def use(self, machine: Machine) -> None:
@@ -156,15 +151,8 @@ class OnRay:
             raise ValueError(f"precision {asked} is not to be had on {self.name}'s {device}")
         return asked or usual
 
-    def machine(
-        self,
-        device: str,
-        configs: Sequence[RunConfig],
-        jobs: int | None,
-        threads: int | None,
-        pack: int | None,
-        compiled: str,
-    ) -> tuple[Machine, str]:
+    def machine(self, configs: Sequence[RunConfig], wanted: Wanted) -> tuple[Machine, str]:
+        device, jobs, threads, pack, compiled = wanted
         sweep.check_counts(jobs=jobs, threads=threads, pack=pack, compiled=compiled)
         nodes, runs = self.engine.nodes, max(len(configs), 1)
         if device == "cuda":
@@ -255,15 +243,8 @@ class OnSlurm:
             return Here().precision(device, asked)
         return asked or "tf32"  # which a run looks for before it begins
 
-    def machine(
-        self,
-        device: str,
-        configs: Sequence[RunConfig],
-        jobs: int | None,
-        threads: int | None,
-        pack: int | None,
-        compiled: str,
-    ) -> tuple[Machine, str]:
+    def machine(self, configs: Sequence[RunConfig], wanted: Wanted) -> tuple[Machine, str]:
+        device, jobs, threads, pack, compiled = wanted
         sweep.check_counts(jobs=jobs, threads=threads, pack=pack, compiled=compiled)
         threads, runs = threads or 1, max(len(configs), 1)
         if pack is None:

@@ -70,7 +70,7 @@ def train(folder: Path, address: str) -> None:
 
     remote.SILENCE = 2.0
     with machines.join("ray", address=address) as there:
-        there.machine("cpu", RUNS, None, 1, None, "off")
+        there.use(Machine("cpu", 3, 1))
         study = store.Study(folder, "study", "smoke", RUNS[0].shared())
         for run, event in sweep(
             study, find_runs(study, RUNS), Machine("cpu", 3, 1), None, commit_seconds=0.0, engine=there.engine
@@ -175,7 +175,7 @@ def test_a_job_holds_a_gpu_and_runs_several_items_in_it_and_one_without_sees_non
             assert [event.value[:2] for event in events if event.kind == "value"] == [["cpu", ""]]
             there = machines.OnRay(engine)
             assert there.device("auto") == "cuda"
-            machine, _ = there.machine("cuda", RUNS, None, None, None, "auto")
+            machine, _ = there.machine(RUNS, machines.Wanted("cuda"))
             assert machine == Machine("cuda", 1, 1, 0, "auto")
     finally:
         cluster.remove_node(node)

@@ -376,9 +376,9 @@ def test_gpus_are_shared_out(monkeypatch):
     with pytest.raises(ValueError, match="goes with --gpus 1"):
         there.device("cpu")
     eight = [smoke(seed=seed) for seed in range(8)]
-    assert there.machine("cuda", eight, None, None, None, "auto")[0] == Machine("cuda", 8, 1, 1, "auto")
-    assert there.machine("cuda", eight, 2, None, None, "auto")[0] == Machine("cuda", 2, 1, 0, "auto")
-    machine, _ = there.machine("cuda", eight, None, 4, 3, "auto")
+    assert there.machine(eight, machines.Wanted("cuda"))[0] == Machine("cuda", 8, 1, 1, "auto")
+    assert there.machine(eight, machines.Wanted("cuda", jobs=2))[0] == Machine("cuda", 2, 1, 0, "auto")
+    machine, _ = there.machine(eight, machines.Wanted("cuda", threads=4, pack=3))
     assert machine == Machine("cuda", 3, 4, 3, "auto")
     there.use(machine)
     assert asked[-1] == {"cpus": 4, "gpus": 1, "max_jobs": None}

@@ -307,14 +307,10 @@ def sweep(
             runs = find_runs(chosen, configs, glance=dry_run)
             passed_over = [*store.FINISHED, *([] if retry_failed else ["failed"])]
             todo = [run for run in runs if run.status not in passed_over]
-            machine, missing = there.machine(
-                device,
-                configs if todo else [],
-                auto(jobs, "--jobs"),
-                auto(threads, "--threads"),
-                auto(pack, "--pack"),
-                compiled,
+            machine_wanted = machines.Wanted(
+                device, auto(jobs, "--jobs"), auto(threads, "--threads"), auto(pack, "--pack"), compiled
             )
+            machine, missing = there.machine(configs if todo else [], machine_wanted)
             if missing:
                 note(missing)
             compiled = machine.compiled  # if that does not work here, it is said once
