@@ -506,7 +506,7 @@ MUTATIONS = [
         "16",
         "a sweep joins any study",
         "degrade/store.py",
-        "            if config.shared() != self.shared:\n                raise ValueError(",
+        "            if common(config) != self._common:\n                raise ValueError(",
         "            if False:\n                raise ValueError(",
         f"{DAMAGE}::TestProtocol",
     ),

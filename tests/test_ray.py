@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -279,14 +280,15 @@ def test_a_killed_driver_run_again_finishes(cluster, data_dir, tmp_path, whole, 
 
 @pytest.mark.promise
 def test_a_local_cluster_ends_with_its_sweep_however_that_ends(data_dir, tmp_path):
-    """No process is left, whether the sweep is asked to stop or killed; the same command goes on."""
+    """No process is left, and no file of Ray's, whether the sweep is asked to stop or killed."""
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # a short path, for sockets
     command = [sys.executable, "-m", "degrade", "sweep", "--depths", "8", "--dataset", "shapes", "--protocol", "smoke"]
     command += ["--steps", "100000", "--executor", "ray", "--out", str(tmp_path / "out")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
         process = subprocess.Popen(
             command,
-            env=environment | {"DEGRADE_DATA": str(data_dir)},
+            env=environment | {"DEGRADE_DATA": str(data_dir), "RAY_TMPDIR": str(temporary)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -308,7 +310,11 @@ def test_a_local_cluster_ends_with_its_sweep_however_that_ends(data_dir, tmp_pat
         while alive := [pid for pid in there if Path(f"/proc/{pid}").exists() and _is_running(pid)]:
             assert time.monotonic() - start < 15, [Path(f"/proc/{pid}/cmdline").read_bytes()[:80] for pid in alive]
             time.sleep(0.2)
+        while left := list(temporary.iterdir()):
+            assert time.monotonic() - start < 15, left
+            time.sleep(0.2)
         shutil.rmtree(tmp_path / "out")
+    temporary.rmdir()
 
 
 def _is_running(pid: int) -> bool:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,17 +18,25 @@ from degrade.execute.remote import Job
 
 PATIENCE = 300.0  # seconds for what is asked of every node before the first run
 # Some of Ray's processes outlive it, where it is killed with whoever has started it. This one outlives them all: once
-# its input ends, since that process has ended, it kills whatever was started with the same mark.
+# its input ends, since that process has ended, it kills all others that have a file open in the cluster's folder, where
+# their logs are, and removes that. (A mark in their environment would not do: they write their titles over it.)
 REAPER = """
-import os, signal, sys
+import os, shutil, signal, sys, time
 sys.stdin.read()
-for name in filter(str.isdigit, os.listdir("/proc")):
-    try:
-        with open(f"/proc/{name}/environ", "rb") as file:
-            if f"DEGRADE_RAY={sys.argv[1]}".encode() in file.read().split(b"\\0"):
+folder, starter = sys.argv[1:]
+end, found = time.monotonic() + 10, os.path.isdir("/proc")
+while found and time.monotonic() < end:
+    found = False
+    for name in set(filter(str.isdigit, os.listdir("/proc"))) - {starter}:
+        try:
+            opened = [os.readlink(f"/proc/{name}/fd/{number}") for number in os.listdir(f"/proc/{name}/fd")]
+            if any(path.startswith(folder + "/") for path in opened):
                 os.kill(int(name), signal.SIGKILL)
-    except OSError:
-        pass
+                found = True
+        except OSError:
+            pass
+    time.sleep(0.1)
+shutil.rmtree(folder, ignore_errors=True)
 """
 LOOPBACK = ("127.", "localhost", "[::1]", "::1")
 
@@ -214,13 +223,14 @@ def _alone(cpus: int | None) -> Iterator[dict[str, Any]]:
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    mark = secrets.token_hex(8)
-    reaper = subprocess.Popen([sys.executable, "-ISc", REAPER, mark], stdin=subprocess.PIPE, start_new_session=True)
-    os.environ["DEGRADE_RAY"] = mark
+    # Sockets are in there, whose paths have to be short; as Ray does, but in a folder of this cluster's alone.
+    folder = tempfile.mkdtemp(prefix="degrade-ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
+    command = [sys.executable, "-ISc", REAPER, folder, str(os.getpid())]
+    reaper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    address = {"address": "local", "_node_ip_address": "127.0.0.1"}
     try:
-        yield {"address": "local", "num_cpus": cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        yield address | {"num_cpus": cpus, "include_dashboard": False, "_temp_dir": folder}
     finally:
-        os.environ.pop("DEGRADE_RAY", None)
         assert reaper.stdin  # it was asked for
         reaper.stdin.close()
         reaper.wait()
