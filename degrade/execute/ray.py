@@ -223,8 +223,8 @@ def _alone(cpus: int | None) -> Iterator[dict[str, Any]]:
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Sockets are in there, whose paths have to be short; as Ray does, but in a folder of this cluster's alone.
-    folder = tempfile.mkdtemp(prefix="degrade-ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
+    short = os.environ.get("RAY_TMPDIR", "/tmp")  # noqa: S108 # where it is safe to make a folder; sockets are in there
+    folder = tempfile.mkdtemp(prefix="degrade-ray-", dir=short)
     command = [sys.executable, "-ISc", REAPER, folder, str(os.getpid())]
     reaper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     address = {"address": "local", "_node_ip_address": "127.0.0.1"}
