@@ -318,7 +318,7 @@ def _train_elsewhere(engine: Engine, tasks: Sequence[Task], machine: Machine, fo
         stack.enter_context(commit.hold(folder / "driver"))
         for event in execute_elsewhere(
             engine,
-            run_elsewhere,
+            partial(run_elsewhere, strict=machine.compiled == "on"),
             tasks,
             shares(tasks, machine),
             folder,
@@ -353,13 +353,18 @@ def fitting(device: str, tasks: Sequence[Task]) -> int:
     return gpu_pack(device, [task.config for task in tasks]) if device.startswith("cuda") else 1
 
 
-def run_elsewhere(task: Task, device: str) -> Iterator[list[Any] | None]:
-    """As `train_run`, on a machine of which nothing is known yet; what it yields is what JSON can hold."""
+def run_elsewhere(task: Task, device: str, strict: bool = False) -> Iterator[list[Any] | None]:
+    """As `train_run`, on a machine of which nothing is known yet; what it yields is what JSON can hold.
+
+    Where there is no compiler, a run that should be compiled is trained without one, or fails if `strict`.
+    """
     precision, data_dir = task.config.precision, task.data_dir or default_data_dir()
     if not has_precision(device, precision):
         raise Failure(f"there is no {precision} on {device}; name another --precision, and another --study")
     fetch(task.config.dataset, data_dir)
     reason = why_not(device) if task.compiled else None
+    if reason and strict:
+        raise Failure(f"compile on needs a compiler that works: {reason}")
     note = (f"{task.folder.name}: not compiled, since that does not work there: {reason}",) if reason else ()
     for progress in train_run(replace(task, data_dir=data_dir, compiled=task.compiled and not reason), device):
         yield progress._replace(notes=note + progress.notes).plain() if progress else None

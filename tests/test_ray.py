@@ -358,6 +358,22 @@ def test_a_folder_that_a_node_does_not_share_is_refused(cluster, data_dir, tmp_p
         other.wait()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("code", lambda: "0.0.0", r"node .* has another degrade \(.*\) than this machine \(0\.0\.0\)"),
+        ("commit.hold", contextlib.nullcontext, "node .* does not see the locks that this machine holds in .*"),
+    ],
+)
+def test_a_node_with_another_degrade_or_without_the_locks_is_refused(
+    cluster, data_dir, tmp_path, monkeypatch, name, value, message
+):
+    monkeypatch.setattr(f"degrade.machines.{name}", value)
+    with on_ray.join(cluster.address) as engine, pytest.raises(Failure, match=message):
+        machines.OnRay(engine).prepare(tmp_path, ["shapes"], data_dir)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_cluster_that_anyone_can_use_is_refused(monkeypatch):
     """However it is reached: what counts is where its head listens, and what every node demands."""
 

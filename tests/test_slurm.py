@@ -143,15 +143,50 @@ def test_submitit_s_own_executors_equal_the_built_in_map(tmp_path, importable, e
     mapped(slurm.Slurm(cluster=executor), tmp_path)
 
 
-@pytest.mark.parametrize("executor", ["local", "debug"])
-def test_a_sweep_through_them_gives_the_bytes_of_one_machine(tmp_path, data_dir, whole, importable, executor):
+@pytest.mark.parametrize(
+    ("executor", "machine"),
+    [("local", Machine("cpu", 2, 1)), ("local", Machine("cpu", 1, 1, pack=2)), ("debug", Machine("cpu", 2, 1))],
+)
+def test_a_sweep_through_them_gives_the_bytes_of_one_machine(tmp_path, data_dir, whole, importable, executor, machine):
     folder = tmp_path / "study"
     study = store.Study(folder, "study", "smoke", RUNS[0].shared())
     engine = slurm.Slurm(cluster=executor)
-    events = list(sweep(study, find_runs(study, RUNS), Machine("cpu", 2, 1), data_dir, engine=engine))
+    events = list(sweep(study, find_runs(study, RUNS), machine, data_dir, engine=engine))
     assert [event.kind for _, event in events if event.kind in ("failed", "lost", "held")] == []
     assert results(folder) == whole
     assert not list(folder.glob(".jobs-*"))
+
+
+def test_jobs_that_are_started_again_count_among_the_most_at_a_time(tmp_path, importable):
+    engine = slurm.Slurm(cluster="local", max_jobs=1)
+    assert engine.at_once is None  # SLURM is given all of them, and sees to it itself
+    mapped(engine, tmp_path)
+    assert engine.at_once == 1
+
+
+@pytest.mark.parametrize(
+    ("squeue", "may_begin"),
+    [
+        ("echo 12 11 0 COMPLETED; echo 13 11 1 PENDING", True),
+        ("echo 12 11 0 COMPLETED; echo 13 11 1 CANCELLED", False),
+        ("echo 12 11 0 COMPLETED", False),
+        ("", False),
+        ("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", False),
+        ("echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1", True),
+        (None, True),
+    ],
+)
+def test_what_killed_sweeps_have_left_goes_once_the_queue_has_none_of_their_jobs(
+    tmp_path, monkeypatch, squeue, may_begin
+):
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}" if squeue is not None else str(tmp_path))
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
+    (tmp_path / "squeue").chmod(0o755 if squeue is not None else 0o644)
+    (study := tmp_path / "study").mkdir()
+    assert not slurm.may_begin(study)
+    for name in ("11_0_submitted.pkl", "11_1_submitted.pkl", "11_0_0_result.pkl"):
+        (study / name).touch()
+    assert slurm.may_begin(study) == may_begin
 
 
 def test_slurm_equals_the_built_in_map(cluster, tmp_path, importable):

@@ -24,10 +24,12 @@ from degrade.log import from_csv
 from degrade.store import Study
 from degrade.sweep import (
     Machine,
+    Progress,
     Task,
     find_runs,
     resolve_device,
     resolve_machine,
+    run_elsewhere,
     sweep,
     train_run,
     training_flops,
@@ -488,3 +490,15 @@ if __name__ == "__main__":  # of the test that kills: the reference sweep, commi
         if event.kind == "value":
             print(int(run.folder not in begun), event.value.step, flush=True)
             begun.add(run.folder)
+
+
+def test_elsewhere_a_run_is_trained_without_a_compiler_unless_one_was_asked_for(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["degrade.sweep"], "why_not", lambda device: "there is none")
+    config = smoke()
+    study = Study(tmp_path / "study", "study", "smoke", config.shared())
+    study.create([config])
+    task = Task("study", study.folder / config.run_id, config, data_dir, 1, compiled=True)
+    with pytest.raises(Failure, match="compile on needs a compiler that works: there is none"):
+        next(run_elsewhere(task, "cpu", strict=True))
+    first = Progress.of(next(run_elsewhere(task, "cpu")))
+    assert first.notes == (f"{config.run_id}: not compiled, since that does not work there: there is none",)

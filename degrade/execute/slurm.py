@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,27 @@ class _Requeued:
 
 
 def may_begin(folder: Path) -> bool:
-    """Whether jobs that were submitted from the folder may not have ended yet."""
-    return len(list(folder.glob("*_submitted.pkl"))) > len(list(folder.glob("*_result.pkl")))
+    """Whether jobs that were submitted from the folder are in the queue still, or may be, for all that is known."""
+    ids = {path.stem.removesuffix("_submitted") for path in folder.glob("*_submitted.pkl")}
+    states = _queue(ids) if ids else {}
+    return states is None or any(states.get(job_id, "") not in OVER for job_id in ids)
+
+
+def _queue(ids: Iterable[str]) -> dict[str, str] | None:
+    """The state of each of the jobs that the queue knows; None where it cannot be asked. sacct needs a database."""
+    arrays = sorted({job_id.partition("_")[0] for job_id in ids})
+    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%A %F %K %T", f"--jobs={','.join(arrays)}"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    if answer.returncode and "Invalid job id" not in answer.stderr:
+        return None
+    states = {}
+    for line in answer.stdout.splitlines():
+        number, array, index, state = line.split()
+        states[number if index == "N/A" else f"{array}_{index}"] = state
+    return states
 
 
 class Slurm:
@@ -84,7 +103,7 @@ class Slurm:
             raise ValueError("--executor slurm needs submitit: pip install 'degrade[slurm]'") from None
         if cluster == "slurm" and not shutil.which("sbatch"):
             raise ValueError("--executor slurm needs SLURM's sbatch, which is not on this machine; log in where it is")
-        self.at_once = None  # the array sees to it
+        self.at_once: int | None = None  # the array sees to it
         self.cluster, self.max_jobs = cluster, max_jobs
         self.values: dict[str, Any] = {"name": "degrade", "cpus_per_task": cpus, "timeout_min": minutes}
         if cluster == "slurm":
@@ -119,6 +138,7 @@ class Slurm:
             raise Failure(f"sbatch: {_last(said).removeprefix('sbatch: ')}") from None
         self._states |= {handle.job_id: "PENDING" for handle in handles}
         self._looked = time.monotonic()
+        self.at_once = self.max_jobs  # of this array and those to come
         return handles
 
     def state(self, handle: Any) -> str | None:
@@ -164,27 +184,12 @@ class Slurm:
                     subprocess.run(["scancel", *how, *ids[i : i + 500]], capture_output=True)
 
     def _look(self) -> None:
-        """Ask the queue for the state of every job; one that it does not know has none. sacct needs a database."""
+        """Ask the queue for the state of every job; one that it does not know has none."""
         if time.monotonic() - self._looked < LOOK:
             return
         self._looked = time.monotonic()
-        arrays = sorted({job_id.partition("_")[0] for job_id in self._states})
-        command = [
-            "squeue",
-            "--noheader",
-            "--array",
-            "--states=all",
-            "--format=%A %F %K %T",
-            f"--jobs={','.join(arrays)}",
-        ]
-        answer = subprocess.run(command, capture_output=True, text=True)
-        if answer.returncode and "Invalid job id" not in answer.stderr:
-            return  # the controller does not answer, for now
-        found = {}
-        for line in answer.stdout.splitlines():
-            number, array, index, state = line.split()
-            found[number if index == "N/A" else f"{array}_{index}"] = state
-        self._states = {job_id: found.get(job_id, "") for job_id in self._states}
+        if (found := _queue(self._states)) is not None:  # or the controller does not answer, for now
+            self._states = {job_id: found.get(job_id, "") for job_id in self._states}
 
 
 def _last(text: str) -> str:
