@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, lru_cache
+from types import NoneType, SimpleNamespace
 from typing import Any, NamedTuple, Self
 
 BLOCKS = ("plain", "residual", "preact")
@@ -67,12 +68,13 @@ def dataset_of(name: str) -> Dataset:
     Raises:
         ValueError: there is none of this name.
     """
-    if match := FOLDER.fullmatch(name):
-        train, test, classes, size = map(int, match.groups()[1:5])
-        return Dataset(train, test, classes, size, usual_augment(name))
-    if kind := re.match("folder:|imagenet:", name):
-        raise ValueError(f"a folder of images is known by what is in it, {kind[0]}NAME:...; got {name!r}")
-    check_is_one_of(DATASETS, "dataset", name)
+    if name not in DATASETS:
+        if match := FOLDER.fullmatch(name):
+            train, test, classes, size = map(int, match.groups()[1:5])
+            return Dataset(train, test, classes, size, usual_augment(name))
+        if kind := re.match("folder:|imagenet:", name):
+            raise ValueError(f"a folder of images is known by what is in it, {kind[0]}NAME:...; got {name!r}")
+        check_is_one_of(DATASETS, "dataset", name)
     return DATASETS[name]
 
 
@@ -196,59 +198,18 @@ class RunConfig:
     bn_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in TYPES.items():
-            if type(value := getattr(self, name)) is not kind:
+        for name, kinds in KINDS.items():
+            if type(value := getattr(self, name)) not in kinds:
                 object.__setattr__(self, name, typed(name, value))
         known = dataset_of(self.dataset)
         blocks_of(self.family, self.depth)
+        check_is_one_of(BLOCKS, "block", self.block)
         object.__setattr__(self, "augment", self.augment or known.augment)
         if self.family == "imagenet":
             object.__setattr__(self, "input_mean", self.input_mean or IMAGENET_MEAN)
             check_is_one_of(("plain", "residual"), "block on ImageNet", self.block)
-        for name, allowed in (
-            ("block", BLOCKS),
-            ("shortcut", SHORTCUTS),
-            ("padding", PADDINGS),
-            ("decay", DECAYS),
-            ("precision", PRECISIONS),
-            ("augment", AUGMENTS[self.family]),
-        ):
-            check_is_one_of(allowed, name, getattr(self, name))
-        if not IDENTITY.fullmatch(self.init):
-            check_is_one_of(INITS, "init", self.init)
-        for name in ("width", "train_images", "test_images", "steps", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        for name, limit in LIMITS.items():
-            if getattr(self, name) > limit:
-                raise ValueError(f"{name} must be at most {limit:,}; got {getattr(self, name)}")
-        for name in ("val_images", "warmup_steps", "warmup_depth"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
-        for name in ("seed", "split_seed"):
-            if not 0 <= getattr(self, name) <= MAX_SEED:
-                raise ValueError(f"{name} must be from 0 to {MAX_SEED}; got {getattr(self, name)}")
-        for name in ("lr", "warmup_lr", "weight_decay", "momentum"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number of at least 0; got {value}")
-        name = short_name(self.dataset)
-        if self.val_images + (self.train_images or 1) > known.train_images:
-            asked = f"{self.train_images or 1} + {self.val_images}"
-            raise ValueError(
-                f"train_images + val_images must be at most the {known.train_images} of {name}; got {asked}"
-            )
-        if self.test_set_size > known.test_images:
-            raise ValueError(f"test_images must be at most the {known.test_images} of {name}; got {self.test_images}")
-        if len(self.input_mean) not in (0, 3) or not all(map(math.isfinite, self.input_mean)):
-            raise ValueError(f"input_mean must be three numbers, such as 0.49,0.48,0.45; got {list(self.input_mean)}")
-        if self.bn_batch_size is not None and (self.bn_batch_size < 1 or self.batch_size % self.bn_batch_size):
-            raise ValueError(f"bn_batch_size must divide the batch_size {self.batch_size}; got {self.bn_batch_size}")
-        if self.momentum >= 1:
-            raise ValueError(f"momentum must be below 1; got {self.momentum}")
-        if list(self.milestones) != sorted(set(self.milestones)) or (self.milestones and self.milestones[0] < 0):
-            raise ValueError(f"milestones must be rising steps, such as 32000,48000; got {list(self.milestones)}")
+        _check_is_seed("seed", self.seed)
+        _check_common(common(self))
 
     @property
     def training_set_size(self) -> int:
@@ -329,6 +290,62 @@ def run_id(values: Mapping[str, Any]) -> str:
     return f"{values['block']}-{values['depth']}-s{values['seed']}-{digest[:8]}"
 
 
+@lru_cache(256)  # a study's runs have these fields in common, and there may be thousands of them
+def _check_common(values: tuple[Any, ...]) -> None:
+    """
+    Args:
+        values: of a configuration's COMMON fields, of their own types.
+
+    Raises:
+        ValueError: naming the field, the rule and the value.
+    """
+    its = SimpleNamespace(**dict(zip(COMMON, values, strict=True)))
+    known, name = dataset_of(its.dataset), short_name(its.dataset)
+    for field, allowed in (
+        ("shortcut", SHORTCUTS),
+        ("padding", PADDINGS),
+        ("decay", DECAYS),
+        ("precision", PRECISIONS),
+        ("augment", AUGMENTS[family_of(its.dataset)]),
+    ):
+        check_is_one_of(allowed, field, getattr(its, field))
+    if not IDENTITY.fullmatch(its.init):
+        check_is_one_of(INITS, "init", its.init)
+    for field in ("width", "train_images", "test_images", "steps", "batch_size"):
+        value = getattr(its, field)
+        if value is not None and value < 1:
+            raise ValueError(f"{field} must be at least 1; got {value}")
+    for field, limit in LIMITS.items():
+        if getattr(its, field) > limit:
+            raise ValueError(f"{field} must be at most {limit:,}; got {getattr(its, field)}")
+    for field in ("val_images", "warmup_steps", "warmup_depth"):
+        if getattr(its, field) < 0:
+            raise ValueError(f"{field} must be at least 0; got {getattr(its, field)}")
+    _check_is_seed("split_seed", its.split_seed)
+    for field in ("lr", "warmup_lr", "weight_decay", "momentum"):
+        value = getattr(its, field)
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{field} must be a finite number of at least 0; got {value}")
+    if its.val_images + (its.train_images or 1) > known.train_images:
+        asked = f"{its.train_images or 1} + {its.val_images}"
+        raise ValueError(f"train_images + val_images must be at most the {known.train_images} of {name}; got {asked}")
+    if (its.test_images or 1) > known.test_images:
+        raise ValueError(f"test_images must be at most the {known.test_images} of {name}; got {its.test_images}")
+    if len(its.input_mean) not in (0, 3) or not all(map(math.isfinite, its.input_mean)):
+        raise ValueError(f"input_mean must be three numbers, such as 0.49,0.48,0.45; got {list(its.input_mean)}")
+    if its.bn_batch_size is not None and (its.bn_batch_size < 1 or its.batch_size % its.bn_batch_size):
+        raise ValueError(f"bn_batch_size must divide the batch_size {its.batch_size}; got {its.bn_batch_size}")
+    if its.momentum >= 1:
+        raise ValueError(f"momentum must be below 1; got {its.momentum}")
+    if list(its.milestones) != sorted(set(its.milestones)) or (its.milestones and its.milestones[0] < 0):
+        raise ValueError(f"milestones must be rising steps, such as 32000,48000; got {list(its.milestones)}")
+
+
+def _check_is_seed(name: str, value: int) -> None:
+    if not 0 <= value <= MAX_SEED:
+        raise ValueError(f"{name} must be from 0 to {MAX_SEED}; got {value}")
+
+
 def check_is_one_of(allowed: Iterable[str], name: str, value: str) -> None:
     """
     Raises:
@@ -352,24 +369,26 @@ def typed(name: str, value: Any) -> Any:
         ValueError: it is of another type.
     """
     kind = TYPES[name]
-    if value is None and "None" in str(kind):
+    if value is None and kind == OPTIONAL:
         return None
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if kind is str and isinstance(value, str):
         return value
-    if kind in (int, int | None) and isinstance(value, int) and not isinstance(value, bool):
+    if kind in (int, OPTIONAL) and isinstance(value, int) and not isinstance(value, bool):
         return value
-    if kind == tuple[int, ...] and isinstance(value, list | tuple) and all(type(v) is int for v in value):
+    if kind == INTS and isinstance(value, list | tuple) and all(type(v) is int for v in value):
         return tuple(value)
-    if kind == tuple[float, ...] and isinstance(value, list | tuple) and all(type(v) in (int, float) for v in value):
+    if kind == FLOATS and isinstance(value, list | tuple) and all(type(v) in (int, float) for v in value):
         return tuple(map(float, value))
-    words = {float: "a number", str: "text", int: "a whole number", int | None: "a whole number"}
+    words = {float: "a number", str: "text", int: "a whole number", OPTIONAL: "a whole number"}
     wanted = words.get(kind, "a list of whole numbers")
     raise ValueError(f"{name} must be {wanted}; got {value!r}")
 
 
 TYPES: dict[str, Any] = {field.name: field.type for field in fields(RunConfig)}
+OPTIONAL, INTS, FLOATS = int | None, tuple[int, ...], tuple[float, ...]
+KINDS = {name: (int, NoneType) if kind == OPTIONAL else (kind,) for name, kind in TYPES.items()}  # to be left as is
 COMMON = tuple(name for name in TYPES if name not in SWEPT)
 common = operator.attrgetter(*COMMON)  # of a RunConfig: as `shared`, but as a tuple, which is quickly compared
 

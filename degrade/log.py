@@ -44,6 +44,7 @@ class Epoch:
 COLUMNS = tuple(field.name for field in fields(Epoch))
 WITHOUT_VALIDATION = tuple(name for name in COLUMNS if name not in VALIDATION)
 INTEGERS = ("epoch", "step")
+ERRORS = tuple(name for name in COLUMNS if "error" in name)  # fractions
 Columns = dict[str, "array[int] | array[float]"]  # the numbers of a log by the name of their column, all of one length
 
 
@@ -96,7 +97,7 @@ def to_columns(text: str, *, gaps: bool = False) -> Columns:
         if step <= before or epoch < number:
             raise ValueError(f"row {number}: its step, {step}, is not above the one before")
         before = step
-    for name in ("train_error", "train_error_running", "test_error", "val_error"):
+    for name in ERRORS:
         for number, value in enumerate(columns.get(name, ()), start=1):
             if not 0 <= value <= 1 and not (gaps and math.isnan(value)):
                 raise ValueError(f"row {number}: {name} must be from 0 to 1; got {value}")
@@ -125,12 +126,22 @@ def last_row(log: bytes) -> Columns | None:
     None too for a log with gaps, or with a number that is not finite: whoever wants to know reads all of it.
     """
     header, _, rows = log.partition(b"\n")
-    count = rows.count(b"\n")
-    if not count or rows.count(b",") != count * header.count(b",") or rows.translate(None, b"0123456789.-e,\n"):
+    row, shape = b"," * header.count(b",") + b"\n", rows.translate(None, b"0123456789.-e")
+    count = len(shape) // len(row)
+    if not count or shape != row * count:
         return None
-    last = rows[rows.rfind(b"\n", 0, -1) + 1 :]
-    try:
-        columns = to_columns(f"{header.decode()}\n{last.decode()}", gaps=True)
-    except ValueError:
+    names = tuple(header.decode(errors="replace").split(","))
+    texts = rows[rows.rfind(b"\n", 0, -1) + 1 : -1].decode().split(",")
+    if names not in (COLUMNS, WITHOUT_VALIDATION) or len(texts) != len(names):
         return None
-    return columns if columns["epoch"][0] == count else None
+    columns: Columns = {}
+    for name, text in zip(names, texts, strict=True):
+        kind: type[float] = int if name in INTEGERS else float
+        try:
+            value = kind(text)
+            columns[name] = array("q" if kind is int else "d", (value,))
+        except (ValueError, OverflowError):
+            return None
+        if repr(value) != text or (name in ERRORS and not 0 <= value <= 1):
+            return None
+    return columns if columns["epoch"][0] == count <= columns["step"][0] else None

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from degrade import commit, store
 from degrade.config import INITS, RunConfig
@@ -215,6 +214,8 @@ def memory(config: RunConfig) -> float:
 @lru_cache
 def training_flops(config: RunConfig) -> float:
     """Floating-point operations of all updates: three times the forward pass's, two a multiply-add."""
+    from torch.utils.flop_counter import FlopCounterMode  # which brings triton along
+
     with torch.device("meta"):
         net = FAMILIES[config.family](config.depth, config.block, width=config.width, shortcut=config.shortcut).eval()
         with FlopCounterMode(display=False) as counter:

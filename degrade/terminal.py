@@ -65,20 +65,18 @@ def bar(console: Console) -> Bar:
 
 
 def plan_table(runs: Sequence[Run], seconds: Mapping[str, float]) -> Table:
-    """The runs of a sweep: what will be done about each, and about how long it takes."""
+    """The runs of a sweep: what will be done about each, and about how long it takes, by the folder's name."""
     table = make_table("run", "block", ">depth", ">seed", "plan", ">time")
     for run in runs:
-        config, status = run.config, run.status
+        name, config, status = run.folder.name, run.config, run.status
         plan = {"missing": "new", "interrupted": "resumed"}.get(status, status)
         if status == "running":
             plan = f"waited for, {run.holder}"
-        elif status == "failed" and config.run_id in seconds:
+        elif status == "failed" and name in seconds:
             plan = "retried"
-        time_needed = duration(seconds[config.run_id]) if config.run_id in seconds else "-"
-        style = STYLES.get(status)
-        table.add_row(
-            run.folder.name, config.block, str(config.depth), str(config.seed), Text(plan, style or ""), time_needed
-        )
+        time_needed = duration(seconds[name]) if name in seconds else "-"
+        style = STYLES.get(status, "")
+        table.add_row(name, config.block, str(config.depth), str(config.seed), Text(plan, style), time_needed)
     return table
 
 

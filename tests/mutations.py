@@ -170,7 +170,7 @@ MUTATIONS = [
         "7",
         "the last row is taken for that of a whole log, whatever its number",
         "degrade/log.py",
-        '    return columns if columns["epoch"][0] == count else None\n',
+        '    return columns if columns["epoch"][0] == count <= columns["step"][0] else None\n',
         "    return columns\n",
         "tests/test_log.py",
     ),

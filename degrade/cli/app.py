@@ -1,6 +1,7 @@
 """What every command uses: the program, its exit codes, how it speaks, and what the command line's words mean."""
 
 import errno
+import gc
 import io
 import math
 import os
@@ -72,6 +73,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a folder may be called what a terminal cannot show
+    gc.set_threshold(100_000)  # thousands of runs are objects that stay: to look for cycles among them is in vain
     try:
         code = app(prog_name="degrade", standalone_mode=False)  # what the command returns; None where all is well
         sys.stdout.flush()

@@ -446,8 +446,8 @@ def _print_plans(plans: Sequence[Plan], seconds: dict[str, float], there: "Machi
     total, steps = 0.0, 1
     for plan in plans:
         left = {
-            run.config.run_id: seconds[run.config.run_id] * (1 - run.record()["step"] / run.config.steps)
-            for run in plan.runs
+            run.folder.name: seconds[run.config.run_id] * (1 - run.record()["step"] / run.config.steps)
+            for run in plan.todo
             if run.config.run_id in seconds and run.status != "running"
         }
         todo = [run for run in plan.todo if run.status != "running"]
