@@ -64,17 +64,23 @@ def bar(console: Console) -> Bar:
     return Bar(*columns, console=console, disable=not is_live(console))
 
 
-def plan_table(runs: Sequence[Run], seconds: Mapping[str, float]) -> Table:
-    """The runs of a sweep: what will be done about each, and about how long it takes, by the folder's name."""
+def plan_table(runs: Sequence[Run], left: Mapping[str, float | None]) -> Table:
+    """The runs of a sweep, and what will be done about each.
+
+    Args:
+        runs: all of them.
+        left: seconds for each that will be trained, by its folder's name; None where that cannot be told.
+    """
     table = make_table("run", "block", ">depth", ">seed", "plan", ">time")
     for run in runs:
         name, config, status = run.folder.name, run.config, run.status
         plan = {"missing": "new", "interrupted": "resumed"}.get(status, status)
         if status == "running":
             plan = f"waited for, {run.holder}"
-        elif status == "failed" and name in seconds:
+        elif status == "failed" and name in left:
             plan = "retried"
-        time_needed = duration(seconds[name]) if name in seconds else "-"
+        seconds = left.get(name)
+        time_needed = "-" if seconds is None else duration(seconds)
         style = STYLES.get(status, "")
         table.add_row(name, config.block, str(config.depth), str(config.seed), Text(plan, style), time_needed)
     return table

@@ -192,11 +192,13 @@ def test_the_plan_says_what_becomes_of_each_run(tmp_path):
     with commit.hold(running.folder / store.LOCK):
         seconds = {run.config.run_id: 60.0 for run in (missing, interrupted)}
         console.print(plan_table([missing, done, failed, interrupted, running], seconds))
+        console.print(plan_table([failed], {failed.folder.name: None}))
         console.print(runs_table([missing, done]))
     lines = console.file.getvalue().splitlines()
     plans = [" ".join(line.split()[4:]) for line in lines[1:6]]
     assert plans[:4] == ["new 60 s", "done -", "failed -", "resumed 60 s"]
     assert plans[4] == f"waited for, process {os.getpid()} -"
+    assert " ".join(lines[7].split()[4:]) == "retried -"
     assert lines[-1].split() == [done.folder.name, "done", "1", "24", "50.00", "%", "50.00", "%"]
 
 

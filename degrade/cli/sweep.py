@@ -439,6 +439,11 @@ def _estimate(plans: Sequence[Plan], there: "Machines") -> dict[str, float]:
     return seconds
 
 
+def _left(run: store.Run, seconds: float | None) -> float | None:
+    """Of the seconds for all of it."""
+    return None if seconds is None else seconds * (1 - run.record()["step"] / run.config.steps)
+
+
 def _print_plans(plans: Sequence[Plan], seconds: dict[str, float], there: "Machines") -> None:
     """The run table of each study and about how long all will take; `seconds` as `_estimate` gives it."""
     from degrade import bench
@@ -446,19 +451,17 @@ def _print_plans(plans: Sequence[Plan], seconds: dict[str, float], there: "Machi
     total, steps = 0.0, 1
     for plan in plans:
         left = {
-            run.folder.name: seconds[run.config.run_id] * (1 - run.record()["step"] / run.config.steps)
-            for run in plan.todo
-            if run.config.run_id in seconds and run.status != "running"
+            run.folder.name: _left(run, seconds.get(run.config.run_id)) for run in plan.todo if run.status != "running"
         }
-        todo = [run for run in plan.todo if run.status != "running"]
-        say(f"Study {plan.study.folder}: {count(len(plan.runs), 'run')}, {len(todo)} to train")
+        known = [value for value in left.values() if value is not None]
+        say(f"Study {plan.study.folder}: {count(len(plan.runs), 'run')}, {len(left)} to train")
         say_table(terminal.plan_table(plan.runs, left))
-        if todo and not left:
-            say(f"On {there.name}: {how(plan.machine)}")
-        if left:
-            wall = bench.makespan(list(left.values()), plan.machine.jobs)  # packing shares one GPU: it gains, how much?
+        if known:
+            wall = bench.makespan(known, plan.machine.jobs)  # packing shares one GPU: it gains, how much?
             say(f"About {terminal.duration(wall)} on {there.name}: {how(plan.machine)}")
             total, steps = total + wall, max(steps, plan.configs[0].steps)
+        elif left:
+            say(f"On {there.name}: {how(plan.machine)}")
     if len(plans) > 1 and total:
         say(f"In all about {terminal.duration(total)}, the {len(plans)} studies one after the other")
     short = PROTOCOLS["short"]["steps"] / steps
