@@ -217,6 +217,20 @@ class Lock:
             raise Failure(f"{self.path} was taken away while it was held; nothing more is written")
 
 
+def look(path: Path) -> int:
+    """Open the file for reading, as it is now, also where another machine has made, changed or removed it; close it.
+
+    NFS may answer `stat` from a minute ago, and so whether a name is there. It looks again at what is opened, and at
+    names once their folder was opened.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    with contextlib.suppress(PermissionError):  # a folder that may be passed through, but not read
+        os.scandir(path.parent).close()
+    return os.open(path, os.O_RDONLY)
+
+
 @contextlib.contextmanager
 def hold(path: Path, *, wait: bool = False, owner: str = "") -> Iterator[Lock]:
     """Hold an exclusive lock on the file `path`, which is made if need be. The kernel frees it when the holder dies.

@@ -19,7 +19,7 @@ from degrade.execute.remote import Engine
 from degrade.provenance import code
 from degrade.sweep import Machine
 
-BUSY = 60.0  # seconds after which it is not told how long a sweep will take
+BUSY = 60.0  # seconds that a question waits for room on a cluster; then the sweep goes without an answer
 DOWNLOAD = 3600.0  # seconds that the nodes have to fetch a data set
 MINUTES = re.compile(r"(?:(?P<days>\d{1,3})-)?(?P<a>\d{1,5})(?::(?P<b>\d\d?))?(?::(?P<c>\d\d?))?")  # of SLURM
 
@@ -145,7 +145,10 @@ class OnRay:
         else:
             self.engine.cpus, self.engine.gpus = 1, 1
             if asked not in self.precisions:
-                self.precisions[asked] = self.engine.call(_precision, asked)
+                try:
+                    self.precisions[asked] = self.engine.call(_precision, asked, patience=BUSY)
+                except ray.NoAnswer:  # all GPUs are busy; a run looks before it begins
+                    self.precisions[asked] = "tf32", True
             usual, there = self.precisions[asked]
         if not there:
             raise ValueError(f"precision {asked} is not to be had on {self.name}'s {device}")
@@ -177,7 +180,7 @@ class OnRay:
         there = Machine("cuda:0" if machine.device == "cuda" else "cpu", 1, machine.threads)
         try:
             seconds: dict[str, float] = self.engine.call(bench.estimate, list(configs), there, patience=BUSY)
-        except Failure:  # there is no room now; the runs will wait for it
+        except ray.NoAnswer:  # there is no room now; the runs will wait for it
             return {}
         return seconds
 

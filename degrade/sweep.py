@@ -31,7 +31,7 @@ from degrade.execute.remote import Engine, execute_elsewhere
 from degrade.execute.slurm import may_begin
 from degrade.log import Epoch, to_csv
 from degrade.nets import FAMILIES
-from degrade.provenance import Clock, Provenance
+from degrade.provenance import Clock, Provenance, code
 from degrade.store import Run, Study
 from degrade.train import Training, load_splits
 
@@ -319,7 +319,7 @@ def _train_elsewhere(engine: Engine, tasks: Sequence[Task], machine: Machine, fo
         stack.enter_context(commit.hold(folder / "driver"))
         for event in execute_elsewhere(
             engine,
-            partial(run_elsewhere, strict=machine.compiled == "on"),
+            partial(run_elsewhere, sources=code(), strict=machine.compiled == "on"),
             tasks,
             shares(tasks, machine),
             folder,
@@ -354,11 +354,16 @@ def fitting(device: str, tasks: Sequence[Task]) -> int:
     return gpu_pack(device, [task.config for task in tasks]) if device.startswith("cuda") else 1
 
 
-def run_elsewhere(task: Task, device: str, strict: bool = False) -> Iterator[list[Any] | None]:
+def run_elsewhere(task: Task, device: str, *, sources: str, strict: bool) -> Iterator[list[Any] | None]:
     """As `train_run`, on a machine of which nothing is known yet; what it yields is what JSON can hold.
 
-    Where there is no compiler, a run that should be compiled is trained without one, or fails if `strict`.
+    Args:
+        task, device: as for `train_run`.
+        sources: the `provenance.code` of the sweep.
+        strict: a run that should be compiled fails where there is no compiler; else it is trained without one.
     """
+    if sources != code():
+        raise Failure(f"there is another degrade ({code()}) than where the sweep was started ({sources})")
     precision, data_dir = task.config.precision, task.data_dir or default_data_dir()
     if not has_precision(device, precision):
         raise Failure(f"there is no {precision} on {device}; name another --precision, and another --study")
@@ -386,7 +391,11 @@ class _Elsewhere:
 
     def wait(self) -> list[Run]:
         """Wait until some of them are free, and give them back; none, once all that are left are frozen."""
+        looked = time.monotonic()
         while not (free := [run for run in self.runs if not run.holder]):
+            looked, before = time.monotonic(), looked
+            late = max(looked - before - SILENCE / 4, 0)  # what keeps this process from looking may keep them too
+            self.signs = {folder: (sign, seen + late) for folder, (sign, seen) in self.signs.items()}
             if all([self._frozen(run) for run in self.runs]):  # noqa: C419  each is looked at, each time
                 return []
             time.sleep(0.2)

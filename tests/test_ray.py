@@ -282,13 +282,14 @@ def test_a_killed_driver_run_again_finishes(cluster, data_dir, tmp_path, whole, 
 def test_a_local_cluster_ends_with_its_sweep_however_that_ends(data_dir, tmp_path):
     """No process is left, and no file of Ray's, whether the sweep is asked to stop or killed."""
     temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # a short path, for sockets
+    (tmp_path / "link").symlink_to(temporary)
     command = [sys.executable, "-m", "degrade", "sweep", "--depths", "8", "--dataset", "shapes", "--protocol", "smoke"]
     command += ["--steps", "100000", "--executor", "ray", "--out", str(tmp_path / "out")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
         process = subprocess.Popen(
             command,
-            env=environment | {"DEGRADE_DATA": str(data_dir), "RAY_TMPDIR": str(temporary)},
+            env=environment | {"DEGRADE_DATA": str(data_dir), "RAY_TMPDIR": str(tmp_path / "link")},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -372,6 +373,17 @@ def test_a_node_with_another_degrade_or_without_the_locks_is_refused(
     with on_ray.join(cluster.address) as engine, pytest.raises(Failure, match=message):
         machines.OnRay(engine).prepare(tmp_path, ["shapes"], data_dir)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_all_gpus_are_busy_a_sweep_goes_without_asking_them():
+    class Busy:
+        def call(self, *arguments, patience):
+            raise on_ray.NoAnswer("Ray has given no answer")
+
+    there = machines.OnRay(Busy())
+    assert there.precision("cuda", None) == "tf32"
+    assert there.precision("cuda", "bf16") == "bf16"
+    assert there.estimate([], Machine("cuda", 1, 1)) == {}
 
 
 def test_a_cluster_that_anyone_can_use_is_refused(monkeypatch):

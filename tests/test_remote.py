@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -63,6 +64,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(remote, "FLUSH", 0.02)
     monkeypatch.setattr(remote, "POLL", 0.02)
     monkeypatch.setattr(remote, "PAUSE", 0.05)
+    monkeypatch.setattr(remote, "UNHEARD", 0.05)
 
 
 def squares(n, place):
@@ -151,18 +153,41 @@ def test_an_item_that_kills_its_process_each_time_fails_in_the_end_and_the_other
     assert 0 not in freed  # it had ended
 
 
-def test_jobs_that_end_without_a_word_are_not_started_for_ever(tmp_path):
-    class Mute(Processes):
-        def submit(self, jobs):
-            self.started += [FORK.Process(target=os._exit, args=(3,), daemon=True) for _ in jobs]
-            for process in self.started[-len(jobs) :]:
-                process.start()
-            return self.started[-len(jobs) :]
+class Mute(Processes):
+    """Jobs end at once, without a word, `mute` of them."""
 
-    engine = Mute()
-    events = list(execute_elsewhere(engine, squares, [1, 1], [[0, 1]], tmp_path))
+    mute = 1000
+
+    def submit(self, jobs):
+        if len(self.started) >= self.mute:
+            return super().submit(jobs)
+        processes = [FORK.Process(target=os._exit, args=(3,), daemon=True) for _ in jobs]
+        for process in processes:
+            process.start()
+        self.started += processes
+        return processes
+
+
+def test_jobs_that_end_without_a_word_are_not_started_for_ever(tmp_path, monkeypatch):
+    """Nor at once again: a broken machine is idle, and would be given all that waits for the others."""
+    monkeypatch.setattr(remote, "UNHEARD", 0.2)
+    start = time.monotonic()
+    events = list(execute_elsewhere(Mute(), squares, [1, 1], [[0, 1]], tmp_path))
     assert Counter(event.kind for event in events) == {"lost": 2 * (remote.TRIES - 1), "failed": 2}
     assert str(events[-1].value) == f"its process ended with 3; it was tried {remote.TRIES} times"
+    assert time.monotonic() - start > 0.2 * sum(range(1, remote.TRIES))
+
+
+def test_those_that_end_with_their_machine_lose_no_try(tmp_path):
+    class Removed(Mute):
+        mute = 2 * remote.TRIES
+
+        def losses(self):
+            return min(self.mute, len(self.started))
+
+    events = list(execute_elsewhere(Removed(), squares, [1], [[0]], tmp_path))
+    assert Counter(event.kind for event in events) == {"lost": 2 * remote.TRIES, "started": 1, "value": 1, "done": 1}
+    assert events[0].value == "its machine was lost before it began"
 
 
 def once_troubled(item, place):
@@ -230,6 +255,32 @@ def test_a_job_that_waits_in_the_queue_is_not_lost(tmp_path):
         seen.append(event.kind)
     assert seen == ["started", "value", "value", "done"]
     assert time.monotonic() - since > 1.5
+
+
+def test_a_job_that_has_left_the_queue_may_take_its_time_to_begin_again(tmp_path):
+    engine = Processes()
+    seen = []
+    for event in execute_elsewhere(engine, slow, [1.0], [[0]], tmp_path, silence=0.3):
+        if seen == ["started"]:
+            os.kill(engine.started[0].pid, signal.SIGSTOP)
+            engine.waiting = True
+            threading.Timer(0.5, setattr, (engine, "waiting", False)).start()
+            threading.Timer(2.0, os.kill, (engine.started[0].pid, signal.SIGCONT)).start()
+        seen.append(event.kind)
+    assert seen == ["started", "value", "value", "done"]
+
+
+def test_what_keeps_the_driver_from_looking_is_no_silence_of_the_jobs(tmp_path):
+    """A file server that hangs, say, stops both; the driver may go on first."""
+    engine = Processes()
+    seen = []
+    for event in execute_elsewhere(engine, slow, [1.0], [[0]], tmp_path, silence=1.0):
+        if seen == ["started"]:
+            os.kill(engine.started[0].pid, signal.SIGSTOP)
+            threading.Timer(2.3, os.kill, (engine.started[0].pid, signal.SIGCONT)).start()
+            time.sleep(2.0)
+        seen.append(event.kind)
+    assert seen == ["started", "value", "value", "done"]
 
 
 class Silent(Processes):
@@ -384,6 +435,7 @@ def test_lines_that_a_full_disk_has_cut_are_completed(tmp_path, monkeypatch):
         return real(descriptor, data)
 
     path = tmp_path / "events"
+    path.touch()
     with remote._writing(path) as write:
         monkeypatch.setattr(os, "write", full)
         for i in range(40):
@@ -396,9 +448,12 @@ def test_lines_that_a_full_disk_has_cut_are_completed(tmp_path, monkeypatch):
     assert calls["write"] > 10
 
 
-def test_a_folder_that_is_gone_ends_the_job(tmp_path):
+@pytest.mark.parametrize("name", ["events", "gone/events"])
+def test_a_job_without_its_file_does_nothing(tmp_path, name):
+    """It was given up before it began, or does not see the folder."""
     with pytest.raises(FileNotFoundError):
-        Job(squares, [(0, 1)], "cpu", 1, tmp_path / "gone" / "events")()
+        Job(noted, [(0, (str(tmp_path), 0))], "cpu", 1, tmp_path / name)()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.promise

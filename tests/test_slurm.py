@@ -159,7 +159,7 @@ def test_a_sweep_through_them_gives_the_bytes_of_one_machine(tmp_path, data_dir,
 
 def test_jobs_that_are_started_again_count_among_the_most_at_a_time(tmp_path, importable):
     engine = slurm.Slurm(cluster="local", max_jobs=1)
-    assert engine.at_once is None  # SLURM is given all of them, and sees to it itself
+    assert engine.at_once == slurm.ARRAY  # SLURM is given as many as it takes, and sees to it itself
     mapped(engine, tmp_path)
     assert engine.at_once == 1
 
@@ -324,6 +324,7 @@ def test_a_job_that_cannot_be_put_into_the_queue_again_is_no_failure_of_its_run(
         except Exception as error:
             (tmp_path / "error.txt").write_text(str(error))
 
+    (tmp_path / "events").touch()
     before = signal.signal(signal.SIGUSR2, refuse)
     try:
         with pytest.raises(SystemExit, match="not put into the queue again"):
@@ -334,10 +335,10 @@ def test_a_job_that_cannot_be_put_into_the_queue_again_is_no_failure_of_its_run(
 
 
 def test_the_reason_of_a_job_that_fails_is_told(tmp_path, importable):
-    """The folder for its events is gone; the last line of submitit's own message is no more than a path."""
+    """The last line of submitit's own message is no more than a path."""
     engine = slurm.Slurm(cluster="local")
-    (tmp_path / "there").mkdir()
-    (handle,) = engine.submit([Job(squares, [(0, 1)], "cpu", broken, tmp_path / "there" / "events")])
+    (tmp_path / "events").touch()
+    (handle,) = engine.submit([Job(squares, [(0, 1)], "cpu", broken, tmp_path / "events")])
     assert wait_for(lambda: engine.state(handle)) == "LookupError: no room here"
 
 

@@ -21,6 +21,7 @@ from degrade import commit, store
 from degrade.config import PROTOCOLS, RunConfig
 from degrade.errors import Failure
 from degrade.log import from_csv
+from degrade.provenance import code
 from degrade.store import Study
 from degrade.sweep import (
     Machine,
@@ -363,6 +364,21 @@ class TestTroubledRuns:
             assert held.wait() == []
             assert 0.5 <= time.monotonic() - start < 1.5
 
+    def test_what_keeps_this_sweep_from_looking_is_no_silence_of_the_others(self, tmp_path, monkeypatch):
+        """A file server that hangs, say."""
+        from degrade import sweep as module
+
+        looks, sleep = [], time.sleep
+        monkeypatch.setattr(module, "SILENCE", 0.5)
+        monkeypatch.setattr(commit, "sign_of_life", lambda path: looks.append(path) or 1)
+        monkeypatch.setattr(time, "sleep", lambda seconds: sleep(0.6))
+        held = module._Elsewhere("this sweep")
+        run = new_run(tmp_path / "s", smoke())
+        with commit.hold(run.folder / store.LOCK):
+            held.add(run)
+            assert held.wait() == []
+        assert len(looks) >= 4
+
     def test_a_run_is_taken_away_from_a_frozen_process_of_this_sweep_s_own(self, tmp_path, monkeypatch):
         """SLURM may start a job again somewhere else while the old one is out of reach, but holds its lock."""
         from degrade import sweep as module
@@ -492,13 +508,15 @@ if __name__ == "__main__":  # of the test that kills: the reference sweep, commi
             begun.add(run.folder)
 
 
-def test_elsewhere_a_run_is_trained_without_a_compiler_unless_one_was_asked_for(data_dir, tmp_path, monkeypatch):
+def test_elsewhere_a_run_wants_the_same_degrade_and_a_compiler_if_one_was_asked_for(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["degrade.sweep"], "why_not", lambda device: "there is none")
     config = smoke()
     study = Study(tmp_path / "study", "study", "smoke", config.shared())
     study.create([config])
     task = Task("study", study.folder / config.run_id, config, data_dir, 1, compiled=True)
     with pytest.raises(Failure, match="compile on needs a compiler that works: there is none"):
-        next(run_elsewhere(task, "cpu", strict=True))
-    first = Progress.of(next(run_elsewhere(task, "cpu")))
+        next(run_elsewhere(task, "cpu", sources=code(), strict=True))
+    with pytest.raises(Failure, match=r"there is another degrade \(.*\) than where the sweep was started \(123\)"):
+        next(run_elsewhere(task, "cpu", sources="123", strict=False))
+    first = Progress.of(next(run_elsewhere(task, "cpu", sources=code(), strict=False)))
     assert first.notes == (f"{config.run_id}: not compiled, since that does not work there: there is none",)

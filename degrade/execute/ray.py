@@ -41,6 +41,10 @@ shutil.rmtree(folder, ignore_errors=True)
 LOOPBACK = ("127.", "localhost", "[::1]", "::1")
 
 
+class NoAnswer(Failure):
+    """What was asked has not come about in time."""
+
+
 class Node(NamedTuple):
     """A machine of the cluster."""
 
@@ -101,7 +105,8 @@ class Ray:
         """What the function gives where a job would run.
 
         Raises:
-            Failure: it fails there, or there is no room for minutes.
+            NoAnswer: there is no room for so many seconds.
+            Failure: it fails there.
         """
         return self._get(
             self._remote(function, num_cpus=self.cpus, num_gpus=self.gpus).remote(*arguments), "Ray", patience
@@ -118,7 +123,7 @@ class Ray:
             raise Failure(f"{where}: {_line(error.cause)}") from None
         except self.ray.exceptions.GetTimeoutError:
             self.ray.cancel(ref, force=True)
-            raise Failure(f"{where} has given no answer for {patience:.0f} s; is there room for a job?") from None
+            raise NoAnswer(f"{where} has given no answer for {patience:.0f} s; is there room for a job?") from None
         except self.ray.exceptions.RayError as error:
             raise Failure(f"{where}: {_line(error)}") from None
 
@@ -224,7 +229,7 @@ def _alone(cpus: int | None) -> Iterator[dict[str, Any]]:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     short = os.environ.get("RAY_TMPDIR", "/tmp")  # noqa: S108 # where it is safe to make a folder; sockets are in there
-    folder = tempfile.mkdtemp(prefix="degrade-ray-", dir=short)
+    folder = os.path.realpath(tempfile.mkdtemp(prefix="degrade-ray-", dir=short))  # as /proc has it
     command = [sys.executable, "-ISc", REAPER, folder, str(os.getpid())]
     reaper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     address = {"address": "local", "_node_ip_address": "127.0.0.1"}

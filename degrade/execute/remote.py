@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from degrade.commit import look
 from degrade.errors import Failure
 from degrade.execute import Error, Event
 from degrade.execute.local import Function, execute
@@ -24,11 +25,13 @@ from degrade.execute.local import Function, execute
 BEAT = 2.0  # seconds between the lines of a job, at most
 FLUSH = 0.5  # seconds that a line may wait, at most
 POLL = 0.25  # seconds between two looks at the files
+LOOKS = 400  # a second, at most, which a file server bears
 SILENCE = 60.0  # seconds without a line, after which a job counts as lost
 TRIES = 5  # that an item has, where jobs are lost with it
 ENDED, NEVER_BEGUN = "its job ended before it did", "its machine was lost before it began"
 LASTING = 600.0  # seconds after which a job has certainly come further: what it loses then is no try
 PAUSE = 5.0  # seconds, for each try, before an item is started again
+UNHEARD = 60.0  # the same, where nothing was heard of a job: a broken machine is idle, and would be given all there is
 Pack = int | Callable[[str, Sequence[Any]], int]
 
 
@@ -41,7 +44,7 @@ class Job:
         items: with their numbers.
         place: that `function` is given.
         pack: how many take turns; or a function that says so there, of the place and the items.
-        events: the file for what happens.
+        events: the file for what happens, which is there.
     """
 
     function: Function
@@ -53,7 +56,7 @@ class Job:
     def __call__(self) -> None:
         """
         Raises:
-            OSError: the folder of the file is gone, or full.
+            OSError: the file is gone, since the job was given up or its folder is not there; or the disk is full.
         """
         numbers, items = zip(*self.items, strict=True)
         with _writing(self.events) as write:
@@ -70,12 +73,12 @@ def _writing(path: Path) -> Iterator[Callable[..., None]]:
     A process whose file is gone was given up, and ends at once: what it was to begin next is somebody else's.
 
     Raises:
-        OSError: on leaving, where the lines could not be written.
+        OSError: there is no such file; or on leaving, where the lines could not be written.
     """
     lines = [b"\n"]  # the line before may be one that was cut off with its process
     mutex, ended = threading.Lock(), threading.Event()
     synced = getattr(os, "O_DSYNC", 0)  # or NFS would keep the lines for half a minute
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | synced, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | synced)
 
     def write(*values: Any) -> None:
         with mutex:
@@ -119,7 +122,7 @@ def _writing(path: Path) -> Iterator[Callable[..., None]]:
 
 def _is_there(path: Path) -> bool:
     try:
-        os.close(os.open(path, os.O_RDONLY))  # since NFS may answer `stat` from a minute ago
+        os.close(look(path))
     except FileNotFoundError:
         return False
     return True
@@ -198,15 +201,20 @@ def execute_elsewhere(
                     for _, group in chosen
                 ]
                 waiting = [entry for entry in waiting if entry not in chosen]
+                for job in jobs:
+                    job.events.touch()  # by whoever reads it: NFS remembers for a while that a name is not there
                 try:
                     handles = engine.submit(jobs)
                 except Failure:
                     if not attempts:
                         raise
                     waiting += [(time.monotonic() + PAUSE, group) for _, group in chosen]
+                    for job in jobs:
+                        job.events.unlink()
                 else:
                     attempts += [_Attempt(engine, *pair, losses) for pair in zip(jobs, handles, strict=True)]
-            time.sleep(POLL)
+            time.sleep(max(POLL, len(attempts) / LOOKS))
+            losses = engine.losses()
             for attempt in list(attempts):
                 how = attempt.lost(silence, losses)
                 yield from attempt.events()
@@ -236,7 +244,8 @@ def execute_elsewhere(
                 groups = (
                     [[i] for i in again] if most > 1 else [again] if again else []
                 )  # one may end the others' process
-                waiting[:0] = [(time.monotonic() + PAUSE * max(most - 1, 0), group) for group in groups]
+                pause = PAUSE * max(most - 1, 0) if attempt.where else UNHEARD * most
+                waiting[:0] = [(time.monotonic() + pause, group) for group in groups]
     finally:
         engine.cancel([attempt.handle for attempt in attempts])
 
@@ -249,27 +258,28 @@ class _Attempt:
         self.left = {number for number, _ in job.items}
         self.begun: set[int] = set()
         self.where = ""
-        self.began = time.monotonic()
-        self.offset = 0
-        self.heard = time.monotonic()
+        self.offset = self.queued = 0  # bytes read, and how many there were when it was last seen to wait
+        self.began = self.heard = self.looked = time.monotonic()
 
     def lost(self, silence: float, losses: int) -> str | None:
         """None while there is hope; empty where the job has come to its end; else how it was lost."""
-        state = self.engine.state(self.handle)
-        if state is not None or self.engine.is_waiting(self.handle):
-            self.heard = time.monotonic()
-            return state
-        if not self.where:  # not begun, as far as is known here
-            return NEVER_BEGUN if losses != self.losses else None
+        state, now = self.engine.state(self.handle), time.monotonic()
+        self.heard += max(now - self.looked - silence / 4, 0)  # what keeps this process from looking may keep that one
+        self.looked = now
+        if self.engine.is_waiting(self.handle):
+            self.queued = self.offset
         if self._size() > self.offset:
-            self.heard = time.monotonic()
-        if time.monotonic() - self.heard > silence:
+            self.heard = now
+        elif self.offset == self.queued:  # it has not begun since, as far as is known here, and that may take its time
+            self.heard = now
+            return NEVER_BEGUN if losses != self.losses else state
+        elif state is None and now - self.heard > silence:
             return f"{self.where} has shown no sign of life for {silence:.0f} s"
-        return None
+        return state
 
     def _size(self) -> int:
         try:
-            descriptor = os.open(self.job.events, os.O_RDONLY)  # since NFS may answer `stat` from a minute ago
+            descriptor = look(self.job.events)
         except FileNotFoundError:
             return 0
         try:

@@ -17,6 +17,7 @@ from degrade.errors import Failure
 from degrade.execute.remote import Job
 
 LOOK = 5.0  # seconds between two calls of squeue
+ARRAY = 1000  # jobs, which SLURM takes in one array unless it is told otherwise
 REQUEUES = 10_000  # that a job has: each is a time limit's worth of training, and none is in vain
 RUNNING = ("RUNNING", "COMPLETING")
 OVER = ("", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
@@ -103,7 +104,7 @@ class Slurm:
             raise ValueError("--executor slurm needs submitit: pip install 'degrade[slurm]'") from None
         if cluster == "slurm" and not shutil.which("sbatch"):
             raise ValueError("--executor slurm needs SLURM's sbatch, which is not on this machine; log in where it is")
-        self.at_once: int | None = None  # the array sees to it
+        self.at_once = ARRAY  # and the array sees to it that no more than max_jobs run
         self.cluster, self.max_jobs = cluster, max_jobs
         self.values: dict[str, Any] = {"name": "degrade", "cpus_per_task": cpus, "timeout_min": minutes}
         if cluster == "slurm":
@@ -138,7 +139,7 @@ class Slurm:
             raise Failure(f"sbatch: {_last(said).removeprefix('sbatch: ')}") from None
         self._states |= {handle.job_id: "PENDING" for handle in handles}
         self._looked = time.monotonic()
-        self.at_once = self.max_jobs  # of this array and those to come
+        self.at_once = self.max_jobs or ARRAY  # of this array and those to come
         return handles
 
     def state(self, handle: Any) -> str | None:
