@@ -290,8 +290,8 @@ MUTATIONS = [
         "9",
         "what a broken machine is given it is given at once again",
         "degrade/execute/remote.py",
-        " if attempt.where else UNHEARD * most\n",
-        "\n",
+        "(PAUSE if attempt.where else UNHEARD) *",
+        "PAUSE *",
         f"{REMOTE}::test_jobs_that_end_without_a_word_are_not_started_for_ever",
     ),
     Mutation(

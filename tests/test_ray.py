@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -357,6 +358,19 @@ def test_a_folder_that_a_node_does_not_share_is_refused(cluster, data_dir, tmp_p
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         other.wait()
+
+
+def linger(seconds):
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def test_a_node_that_leaves_while_it_is_asked_is_left_out(cluster):
+    node = cluster.add_node(**NODE)
+    with on_ray.join(cluster.address) as engine:
+        assert len(engine.nodes) == 4
+        threading.Timer(2.0, cluster.remove_node, (node, False)).start()
+        assert len(engine.everywhere(linger, 6.0)) == 3
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,10 @@ class NoAnswer(Failure):
     """What was asked has not come about in time."""
 
 
+class Gone(Failure):
+    """The node that was asked has left the cluster."""
+
+
 class Node(NamedTuple):
     """A machine of the cluster."""
 
@@ -86,7 +90,7 @@ class Ray:
     def everywhere(
         self, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE, idle: bool = False
     ) -> dict[Node, Any]:
-        """What the function gives on each node; on those without CPUs to give too, if `idle`.
+        """What the function gives on each node that stays; on those without CPUs to give too, if `idle`.
 
         Raises:
             Failure: it fails on a node, or gives nothing for so many seconds.
@@ -99,7 +103,11 @@ class Ray:
             ).remote(*arguments)
             for node in (self._alive() if idle else self.nodes)
         }
-        return {node: self._get(ref, f"node {node.name}", patience) for node, ref in refs.items()}
+        answers = {}
+        for node, ref in refs.items():
+            with contextlib.suppress(Gone):
+                answers[node] = self._get(ref, f"node {node.name}", patience)
+        return answers
 
     def call(self, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE) -> Any:
         """What the function gives where a job would run.
@@ -124,6 +132,8 @@ class Ray:
         except self.ray.exceptions.GetTimeoutError:
             self.ray.cancel(ref, force=True)
             raise NoAnswer(f"{where} has given no answer for {patience:.0f} s; is there room for a job?") from None
+        except (self.ray.exceptions.NodeDiedError, self.ray.exceptions.TaskUnschedulableError) as error:
+            raise Gone(f"{where}: {_line(error)}") from None
         except self.ray.exceptions.RayError as error:
             raise Failure(f"{where}: {_line(error)}") from None
 

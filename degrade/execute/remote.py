@@ -30,7 +30,7 @@ SILENCE = 60.0  # seconds without a line, after which a job counts as lost
 TRIES = 5  # that an item has, where jobs are lost with it
 ENDED, NEVER_BEGUN = "its job ended before it did", "its machine was lost before it began"
 LASTING = 600.0  # seconds after which a job has certainly come further: what it loses then is no try
-PAUSE = 5.0  # seconds, for each try, before an item is started again
+PAUSE = 5.0  # seconds, for each try but the first, before an item is started again
 UNHEARD = 60.0  # the same, where nothing was heard of a job: a broken machine is idle, and would be given all there is
 Pack = int | Callable[[str, Sequence[Any]], int]
 
@@ -244,7 +244,7 @@ def execute_elsewhere(
                 groups = (
                     [[i] for i in again] if most > 1 else [again] if again else []
                 )  # one may end the others' process
-                pause = PAUSE * max(most - 1, 0) if attempt.where else UNHEARD * most
+                pause = (PAUSE if attempt.where else UNHEARD) * max(most - 1, 0)
                 waiting[:0] = [(time.monotonic() + pause, group) for group in groups]
     finally:
         engine.cancel([attempt.handle for attempt in attempts])
