@@ -415,7 +415,7 @@ def _study_folders(root: Path) -> Iterator[Path]:
 def _subfolders(folder: Path) -> list[Path]:
     """Those in `folder`, by name."""
     try:
-        return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
+        return [Path(path) for path in sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())]
     except FileNotFoundError:
         return []
 

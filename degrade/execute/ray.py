@@ -180,7 +180,8 @@ def _line(error: BaseException) -> str:
         "OutOfMemoryError": "its process was ended by Ray, since its node was short of memory",
         "TaskCancelledError": "it was cancelled",
     }
-    return known.get(name) or f"{name}: {str(error).strip().partition(chr(10))[0]}"
+    first, *rest = str(error).strip().splitlines() or [""]
+    return known.get(name) or f"{name}: {first} {rest[-1] if rest and first.endswith(':') else ''}".rstrip()
 
 
 def needs_token(address: str) -> bool:
@@ -211,7 +212,11 @@ def join(address: str | None = None, cpus: int | None = None) -> Iterator[Ray]:
             _listens(address)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+            try:
+                ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+            except ConnectionAbortedError:  # ray:// on a busy machine: what serves it has not come up in Ray's time
+                ray.shutdown()
+                ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
         except AuthenticationError as error:
             raise Failure(f"Ray at {address}: {_line(error)}; is RAY_AUTH_TOKEN the cluster's?") from None
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
