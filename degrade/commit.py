@@ -195,11 +195,10 @@ class Lock:
         """Whether its file is still the one at its path, and names this process.
 
         Where it was deleted, others may have taken the lock; and where a file server has waited in vain for this
-        machine, they may have taken this very file. The path is opened, since NFS answers that anew, but may answer
-        `stat` from a minute ago.
+        machine, they may have taken this very file.
         """
         try:
-            there = os.open(self.path, os.O_RDONLY)
+            there = look(self.path)
         except FileNotFoundError:
             return False
         try:

@@ -44,7 +44,7 @@ class Epoch:
 COLUMNS = tuple(field.name for field in fields(Epoch))
 WITHOUT_VALIDATION = tuple(name for name in COLUMNS if name not in VALIDATION)
 INTEGERS = ("epoch", "step")
-ERRORS = tuple(name for name in COLUMNS if "error" in name)  # fractions
+FRACTIONS = tuple(name for name in COLUMNS if "error" in name)
 Columns = dict[str, "array[int] | array[float]"]  # the numbers of a log by the name of their column, all of one length
 
 
@@ -97,7 +97,7 @@ def to_columns(text: str, *, gaps: bool = False) -> Columns:
         if step <= before or epoch < number:
             raise ValueError(f"row {number}: its step, {step}, is not above the one before")
         before = step
-    for name in ERRORS:
+    for name in FRACTIONS:
         for number, value in enumerate(columns.get(name, ()), start=1):
             if not 0 <= value <= 1 and not (gaps and math.isnan(value)):
                 raise ValueError(f"row {number}: {name} must be from 0 to 1; got {value}")
@@ -132,7 +132,7 @@ def last_row(log: bytes) -> Columns | None:
         return None
     names = tuple(header.decode(errors="replace").split(","))
     texts = rows[rows.rfind(b"\n", 0, -1) + 1 : -1].decode().split(",")
-    if names not in (COLUMNS, WITHOUT_VALIDATION) or len(texts) != len(names):
+    if names not in (COLUMNS, WITHOUT_VALIDATION):
         return None
     columns: Columns = {}
     for name, text in zip(names, texts, strict=True):
@@ -142,6 +142,6 @@ def last_row(log: bytes) -> Columns | None:
             columns[name] = array("q" if kind is int else "d", (value,))
         except (ValueError, OverflowError):
             return None
-        if repr(value) != text or (name in ERRORS and not 0 <= value <= 1):
+        if repr(value) != text or (name in FRACTIONS and not 0 <= value <= 1):
             return None
     return columns if columns["epoch"][0] == count <= columns["step"][0] else None

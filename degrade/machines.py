@@ -180,7 +180,7 @@ class OnRay:
         there = Machine("cuda:0" if machine.device == "cuda" else "cpu", 1, machine.threads)
         try:
             seconds: dict[str, float] = self.engine.call(bench.estimate, list(configs), there, patience=BUSY)
-        except ray.NoAnswer:  # there is no room now; the runs will wait for it
+        except Failure:  # there is no room now, say; the runs will wait for it
             return {}
         return seconds
 

@@ -242,45 +242,50 @@ def test_a_job_that_is_busy_shows_signs_of_life(tmp_path):
     assert [event.kind for event in events] == ["started", "value", "value", "done"]
 
 
+def stopped(tmp_path, silence, meanwhile):
+    """What is heard of a job whose process is stopped once it has begun, as one that has left its machine is silent."""
+    engine, kinds = Processes(), []
+    for event in execute_elsewhere(engine, slow, [1.0], [[0]], tmp_path, silence=silence):
+        if kinds == ["started"]:
+            os.kill(engine.started[0].pid, signal.SIGSTOP)
+            meanwhile(engine)
+        kinds.append(event.kind)
+    return kinds
+
+
+def goes_on_after(seconds, engine):
+    threading.Timer(seconds, os.kill, (engine.started[0].pid, signal.SIGCONT)).start()
+
+
 def test_a_job_that_waits_in_the_queue_is_not_lost(tmp_path):
     """It is stopped, as one that was put into the queue again has ended; then it goes on."""
-    engine = Processes()
-    seen, since = [], time.monotonic()
-    for event in execute_elsewhere(engine, slow, [1.0], [[0]], tmp_path, silence=0.3):
-        if seen == ["started"]:
-            os.kill(engine.started[0].pid, signal.SIGSTOP)
-            engine.waiting, since = True, time.monotonic()
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(engine.started[0].pid, signal.SIGCONT))
-            signal.alarm(2)
-        seen.append(event.kind)
-    assert seen == ["started", "value", "value", "done"]
-    assert time.monotonic() - since > 1.5
+    since = time.monotonic()
+
+    def wait(engine):
+        engine.waiting = True
+        goes_on_after(2.0, engine)
+
+    assert stopped(tmp_path, 0.3, wait) == ["started", "value", "value", "done"]
+    assert time.monotonic() - since > 2.0
 
 
 def test_a_job_that_has_left_the_queue_may_take_its_time_to_begin_again(tmp_path):
-    engine = Processes()
-    seen = []
-    for event in execute_elsewhere(engine, slow, [1.0], [[0]], tmp_path, silence=0.3):
-        if seen == ["started"]:
-            os.kill(engine.started[0].pid, signal.SIGSTOP)
-            engine.waiting = True
-            threading.Timer(0.5, setattr, (engine, "waiting", False)).start()
-            threading.Timer(2.0, os.kill, (engine.started[0].pid, signal.SIGCONT)).start()
-        seen.append(event.kind)
-    assert seen == ["started", "value", "value", "done"]
+    def wait(engine):
+        engine.waiting = True
+        threading.Timer(0.5, setattr, (engine, "waiting", False)).start()
+        goes_on_after(2.0, engine)
+
+    assert stopped(tmp_path, 0.3, wait) == ["started", "value", "value", "done"]
 
 
 def test_what_keeps_the_driver_from_looking_is_no_silence_of_the_jobs(tmp_path):
     """A file server that hangs, say, stops both; the driver may go on first."""
-    engine = Processes()
-    seen = []
-    for event in execute_elsewhere(engine, slow, [1.0], [[0]], tmp_path, silence=1.0):
-        if seen == ["started"]:
-            os.kill(engine.started[0].pid, signal.SIGSTOP)
-            threading.Timer(2.3, os.kill, (engine.started[0].pid, signal.SIGCONT)).start()
-            time.sleep(2.0)
-        seen.append(event.kind)
-    assert seen == ["started", "value", "value", "done"]
+
+    def hang(engine):
+        goes_on_after(2.3, engine)
+        time.sleep(2.0)
+
+    assert stopped(tmp_path, 1.0, hang) == ["started", "value", "value", "done"]
 
 
 class Silent(Processes):

@@ -440,7 +440,7 @@ def _estimate(plans: Sequence[Plan], there: "Machines") -> dict[str, float]:
 
 
 def _left(run: store.Run, seconds: float | None) -> float | None:
-    """Of the seconds for all of it."""
+    """Seconds that the run has left, of those for all of it; None where these cannot be told."""
     return None if seconds is None else seconds * (1 - run.record()["step"] / run.config.steps)
 
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 from degrade.errors import Failure
@@ -211,12 +212,13 @@ def join(address: str | None = None, cpus: int | None = None) -> Iterator[Ray]:
         if address not in (None, "auto"):
             _listens(address)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        start = partial(ray.init, **options, log_to_driver=False, logging_level=logging.ERROR)
         try:
             try:
-                ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+                start()
             except ConnectionAbortedError:  # ray:// on a busy machine: what serves it has not come up in Ray's time
                 ray.shutdown()
-                ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+                start()
         except AuthenticationError as error:
             raise Failure(f"Ray at {address}: {_line(error)}; is RAY_AUTH_TOKEN the cluster's?") from None
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:

@@ -241,9 +241,8 @@ def execute_elsewhere(
                     yield Event(i, "lost", how or ENDED)
                     again.append(i)
                 most = max((tries[i] for i in again), default=0)
-                groups = (
-                    [[i] for i in again] if most > 1 else [again] if again else []
-                )  # one may end the others' process
+                alone = most > 1  # one of them may end the others' process
+                groups = [[i] for i in again] if alone else [again] if again else []
                 pause = (PAUSE if attempt.where else UNHEARD) * max(most - 1, 0)
                 waiting[:0] = [(time.monotonic() + pause, group) for group in groups]
     finally:
