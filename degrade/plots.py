@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -134,7 +135,7 @@ def draw_grid(epochs: "pd.DataFrame", grid: Grid) -> Figure | None:
     axes = figure.subplots(1, 2, sharey=True)
     for ax, measure in zip(axes, ("train_error", "test_error"), strict=True):
         by_value(ax, final, grid, measure).set_title(MEASURES[measure], fontsize=10)
-        _error_axis(ax, [*final["train_error"], *final["test_error"]], str(final["dataset"].iloc[0]))
+        _error_axis(ax, final[["train_error", "test_error"]].to_numpy().ravel(), str(final["dataset"].iloc[0]))
     axes[0].set_ylabel("error")
     figure.suptitle(f"Final errors v {grid.field}\n{_describe(final, grid.field, 'protocol')}", fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -260,24 +261,25 @@ def curves(ax: Axes, epochs: "pd.DataFrame", block: str) -> Axes:
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     ax.set_xlabel("step")
-    return _error_axis(ax, [*epochs["train_error"], *epochs["test_error"]], str(epochs["dataset"].iloc[0]))
+    return _error_axis(ax, epochs[["train_error", "test_error"]].to_numpy().ravel(), str(epochs["dataset"].iloc[0]))
 
 
-def _error_axis(ax: Axes, drawn: Sequence[float], dataset: str, *, linear: bool = False) -> Axes:
+def _error_axis(ax: Axes, errors: "Sequence[float] | np.ndarray", dataset: str, *, linear: bool = False) -> Axes:
     """Percent, from 0; logarithmic where the errors drawn span more than a factor of 30. Chance, where it is near."""
-    positive = [value for value in drawn if value > 0]
+    drawn = np.asarray(errors)
+    positive = drawn[drawn > 0]
     formatter: Formatter = PercentFormatter(1.0)  # with as many decimals as the ticks need
     if not linear:
-        if positive and max(positive) > 30 * min(positive):
+        if positive.size and positive.max() > 30 * positive.min():
             ax.set_yscale("log")
-            ax.set_ylim(0.8 * min(positive), 1.2 * max(positive))
+            ax.set_ylim(0.8 * positive.min(), 1.2 * positive.max())
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_minor_locator(NullLocator())
             formatter = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
         else:
             ax.set_ylim(bottom=0)
         chance = chance_error(dataset)
-        if max(drawn) > 0.6 * chance:
+        if (drawn > 0.6 * chance).any():
             ax.axhline(chance, color="0.4", linewidth=0.8, linestyle=(0, (6, 4)))
             ax.annotate("chance", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
             ax.set_ylim(top=max(1.08 * chance, ax.get_ylim()[1]))
@@ -389,8 +391,9 @@ def _describe(epochs: "pd.DataFrame", *differ: str) -> str:
     parts = {"steps": steps, "width": f"width {row['width']}", "train_images": _images(row["train_images"])}
     parts = {name: part for name, part in parts.items() if name not in differ}
     steps = f": {parts.pop('steps')}" if "steps" in parts else ""
-    protocols = epochs["protocol"].str.removesuffix(", changed") if "protocol" in differ else epochs["protocol"]
-    protocol = " and ".join(dict.fromkeys(protocols))
+    protocols = epochs["protocol"].unique()
+    changed = ", changed" if "protocol" in differ else ""
+    protocol = " and ".join(dict.fromkeys(name.removesuffix(changed) for name in protocols))
     what = f"{epochs['dataset'].nunique()} data sets" if several else short_name(row["dataset"])
     text = f"{what}, protocol {protocol}{steps}\n{', '.join([*parts.values(), seeds])}"
     if several:

@@ -325,6 +325,26 @@ class Study:
         """The runs that are there now, by configuration."""
         return {run.config: run for run in replace(self, glance=glance).runs}
 
+    def find(self, configs: Iterable[RunConfig], *, glance: bool = False) -> list[Run]:
+        """The runs of a grid, whether they are there or not, the longest first; `glance` as `Run` has it.
+
+        A run that an older version of degrade has begun has another id, and is the same run.
+        """
+        known = self.known(glance=glance)
+        runs = []
+        for config in sorted(configs, key=lambda config: (-config.depth, config.seed, config.block)):
+            if config in known:
+                runs.append(known[config])
+                continue
+            folder = self.folder / config.run_id
+            try:
+                runs.append(Run.open(self.name, folder))
+            except FileNotFoundError:
+                runs.append(Run(self.name, folder, config))
+            except (Failure, OSError) as error:
+                runs.append(Run(self.name, folder, config, refused=str(error)))
+        return runs
+
     @property
     def damaged(self) -> list[str]:
         """What is wrong with its runs: a line each that names a file."""

@@ -224,27 +224,6 @@ def training_flops(config: RunConfig) -> float:
     return 3.0 * forward * config.batch_size * config.steps
 
 
-def find_runs(study: Study, configs: Sequence[RunConfig], *, glance: bool = False) -> list[Run]:
-    """The runs of a grid in `study`, whether they are there or not, the longest first; `glance` as `Run` has it.
-
-    A run that an older version of degrade has begun has another id, and is the same run.
-    """
-    known = study.known(glance=glance)
-    runs = []
-    for config in sorted(configs, key=lambda config: (-config.depth, config.seed, config.block)):
-        if config in known:
-            runs.append(known[config])
-            continue
-        folder = study.folder / config.run_id
-        try:
-            runs.append(Run.open(study.name, folder))
-        except FileNotFoundError:
-            runs.append(Run(study.name, folder, config))
-        except (Failure, OSError) as error:
-            runs.append(Run(study.name, folder, config, refused=str(error)))
-    return runs
-
-
 def sweep(
     study: Study,
     runs: Sequence[Run],

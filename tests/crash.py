@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from degrade import commit, store
 from degrade import sweep as module
 from degrade.store import Study
-from degrade.sweep import Machine, find_runs, sweep
+from degrade.sweep import Machine, sweep
 
 # Forked from a process that has imported torch already, so that they start in a tenth of a second.
 processes = multiprocessing.get_context("forkserver")
@@ -26,7 +26,7 @@ CHANGES = ("open", "write", "pwrite", "truncate", "fsync", "close", "replace", "
 def run_sweep(out: Path, configs, data_dir: Path, *, commit_seconds: float = 0.0, finished: bool = False):
     """Every event of a sweep over these runs, in this process; also of those that have `finished`, if so asked."""
     there = Study(out / "s", "s", "smoke", configs[0].shared())
-    runs = [run for run in find_runs(there, configs) if finished or run.status not in store.FINISHED]
+    runs = [run for run in there.find(configs) if finished or run.status not in store.FINISHED]
     if isinstance(commit.os, Disk):
         module.ThreadPoolExecutor = Inline  # the same calls in the same order each time
     module.gc = SimpleNamespace(collect=lambda: None)  # it takes longer than a run of these

@@ -442,8 +442,8 @@ MUTATIONS = [
         "14",
         "a dry run writes",
         "degrade/cli/sweep.py",
-        "    if dry_run:\n        return\n",
-        "    if dry_run:\n        for plan in plans:\n            plan.study.create(plan.configs)\n        return\n",
+        "    if not dry_run:\n        _print_results(plans, out)\n",
+        "    for plan in plans:\n        plan.study.create(plan.configs)\n",
         LINES,
     ),
     Mutation(

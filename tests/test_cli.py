@@ -678,6 +678,25 @@ def test_torch_is_not_imported_to_read_results_or_print_help(results, arguments)
     subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.parametrize("flags", [[], ["--dry-run"], ["--executor", "ray"]])
+def test_nobody_waits_for_torch_or_a_cluster_where_nothing_is_left_to_train(cli, tmp_path, data_dir, flags):
+    asked = sweep_arguments(tmp_path, data_dir, "--depths", "8", "--grid", "lr=0.1,0.2")
+    trained = cli(*asked)
+    assert trained.exit_code == 0, trained.stdout
+    script = (
+        "import sys\n"
+        "sys.modules['torch'] = sys.modules['ray'] = None\n"
+        "from degrade.cli import main\n"
+        f"sys.argv = ['degrade', *{[str(word) for word in [*asked, *flags]]!r}]\n"
+        "main()\n"
+    )
+    again = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout.count("1 run, 0 to train") == 2
+    results = trained.stdout[trained.stdout.rindex("Study ") :]
+    assert again.stdout.endswith(results) == (flags != ["--dry-run"])
+
+
 def test_torchvision_is_imported_by_what_needs_it_alone():
     """It takes a second."""
     script = "import sys, degrade.sweep, degrade.cli; assert 'torchvision' not in sys.modules"

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from degrade import bench, data, plots, store
+from degrade import bench, data, machines, plots, store
 from degrade import sweep as engine
 
 pytestmark = pytest.mark.promise
@@ -242,6 +242,7 @@ def world(original, tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine, "sweep", never)
     monkeypatch.setattr(data, "fetch", never)
+    monkeypatch.setattr(machines, "fetch", never)
     monkeypatch.setattr(engine, "training_flops", lambda _: 1e12)
     monkeypatch.setattr(engine, "why_not", lambda _: "there is none here")
     monkeypatch.setattr(bench, "training_flops", lambda _: 1e12)

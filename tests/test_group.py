@@ -75,7 +75,7 @@ else:
     fields = PROTOCOLS["smoke"] | {"dataset": "shapes", "width": 16, "batch_size": 24, "bn_batch_size": 4, "steps": 100}
     config = RunConfig(block="residual", depth=8, seed=0, **fields)
     study = Study(out, out.name, "smoke", config.shared())
-    runs = engine.find_runs(study, [config])
+    runs = study.find([config])
     machine = engine.Machine("cpu", 1, 1)
     for run, event in engine.sweep(study, runs, machine, data, commit_seconds=0.0, group=group):
         assert event.kind != "failed", event

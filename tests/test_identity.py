@@ -142,7 +142,7 @@ def study(tmp_path_factory, data_dir):
     folder = tmp_path_factory.mktemp("identity") / "study"
     configs = [smoke(block, depth) for block in ("plain", "residual", "preact") for depth in (8, 14)]
     there = store.Study(folder, folder.name, "smoke", configs[0].shared())
-    for _ in sweep.sweep(there, sweep.find_runs(there, configs), sweep.Machine("cpu", 1, 1), data_dir):
+    for _ in sweep.sweep(there, there.find(configs), sweep.Machine("cpu", 1, 1), data_dir):
         pass
     return folder
 

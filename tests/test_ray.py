@@ -22,7 +22,7 @@ from degrade import machines, store
 from degrade.errors import Failure
 from degrade.execute import ray as on_ray
 from degrade.execute.remote import execute_elsewhere
-from degrade.sweep import Machine, find_runs, sweep
+from degrade.sweep import Machine, sweep
 
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}  # of the clusters here
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -62,7 +62,7 @@ def whole(data_dir, tmp_path_factory):
     """What one machine makes of the runs."""
     folder = tmp_path_factory.mktemp("whole") / "study"
     study = store.Study(folder, "study", "smoke", RUNS[0].shared())
-    list(sweep(study, find_runs(study, RUNS), Machine("cpu", 2, 1), data_dir, commit_seconds=0.0))
+    list(sweep(study, study.find(RUNS), Machine("cpu", 2, 1), data_dir, commit_seconds=0.0))
     return results(folder)
 
 
@@ -75,7 +75,7 @@ def train(folder: Path, address: str) -> None:
         there.use(Machine("cpu", 3, 1))
         study = store.Study(folder, "study", "smoke", RUNS[0].shared())
         for run, event in sweep(
-            study, find_runs(study, RUNS), Machine("cpu", 3, 1), None, commit_seconds=0.0, engine=there.engine
+            study, study.find(RUNS), Machine("cpu", 3, 1), None, commit_seconds=0.0, engine=there.engine
         ):
             print(run.folder.name, event.kind, event.value if event.kind == "lost" else "", flush=True)
 

@@ -17,7 +17,7 @@ from torch import nn
 from degrade import provenance, store
 from degrade.config import RunConfig
 from degrade.store import Run, Study
-from degrade.sweep import Machine, Task, find_runs, sweep, train_run
+from degrade.sweep import Machine, Task, sweep, train_run
 from degrade.train import Training
 
 pytestmark = pytest.mark.promise
@@ -28,7 +28,7 @@ GRID = [micro(block, seed) for block in ("plain", "residual") for seed in (0, 1)
 def sweep_as(out, configs, data_dir, machine):
     """As the command line would, in a process of its own."""
     study = Study(out / "s", "s", "smoke", configs[0].shared())
-    ends = [event for _, event in sweep(study, find_runs(study, configs), machine, data_dir, commit_seconds=0.0)]
+    ends = [event for _, event in sweep(study, study.find(configs), machine, data_dir, commit_seconds=0.0)]
     assert ends[-1].kind == "done"
 
 

@@ -18,7 +18,7 @@ from conftest import smoke, tally
 from degrade import machines, store
 from degrade.execute import slurm
 from degrade.execute.remote import Job, execute_elsewhere
-from degrade.sweep import Machine, find_runs, sweep
+from degrade.sweep import Machine, sweep
 
 RUNS = [smoke(block) for block in ("plain", "residual")]
 DAEMONS = ("munged", "slurmctld", "slurmd", "srun", "squeue")
@@ -108,7 +108,7 @@ def whole(data_dir, tmp_path_factory):
     """What one machine makes of the runs."""
     folder = tmp_path_factory.mktemp("whole") / "study"
     study = store.Study(folder, "study", "smoke", RUNS[0].shared())
-    list(sweep(study, find_runs(study, RUNS), Machine("cpu", 1, 1), data_dir))
+    list(sweep(study, study.find(RUNS), Machine("cpu", 1, 1), data_dir))
     return results(folder)
 
 
@@ -151,7 +151,7 @@ def test_a_sweep_through_them_gives_the_bytes_of_one_machine(tmp_path, data_dir,
     folder = tmp_path / "study"
     study = store.Study(folder, "study", "smoke", RUNS[0].shared())
     engine = slurm.Slurm(cluster=executor)
-    events = list(sweep(study, find_runs(study, RUNS), machine, data_dir, engine=engine))
+    events = list(sweep(study, study.find(RUNS), machine, data_dir, engine=engine))
     assert [event.kind for _, event in events if event.kind in ("failed", "lost", "held")] == []
     assert results(folder) == whole
     assert not list(folder.glob(".jobs-*"))

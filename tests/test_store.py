@@ -7,7 +7,6 @@ import degrade
 from degrade import commit, store
 from degrade.errors import Failure
 from degrade.store import Run, Study, find_studies
-from degrade.sweep import find_runs
 
 
 class TestStatus:
@@ -132,7 +131,7 @@ def test_results_of_an_older_version_stay_readable(tmp_path):
     study = Study.open(tmp_path / "study")
     (run,) = study.runs
     assert run.config == smoke()
-    assert [there.folder for there in find_runs(study, [smoke()])] == [folder]  # the same run, not another
+    assert [there.folder for there in study.find([smoke()])] == [folder]  # the same run, not another
     study.create([smoke(), smoke(seed=1)])
     assert {there.folder.name for there in Study.open(tmp_path / "study").runs} == {folder.name, smoke(seed=1).run_id}
 

@@ -27,7 +27,6 @@ from degrade.sweep import (
     Machine,
     Progress,
     Task,
-    find_runs,
     resolve_device,
     resolve_machine,
     run_elsewhere,
@@ -213,7 +212,7 @@ def test_a_really_full_disk_and_then_room(reference, data_dir, tmp_path):
 
 class TestTroubledRuns:
     def events(self, study, configs, data_dir):
-        runs = find_runs(study, configs)
+        runs = study.find(configs)
         machine = Machine("cpu", 1, 1)
         return {
             run.folder.name: event
@@ -279,7 +278,7 @@ class TestTroubledRuns:
         study = Study(tmp_path / "shapes-smoke", "shapes-smoke", "smoke", configs[0].shared())
         events = [
             event
-            for _, event in sweep(study, find_runs(study, configs), Machine("cpu", 1, 1, pack=4), data_dir)
+            for _, event in sweep(study, study.find(configs), Machine("cpu", 1, 1, pack=4), data_dir)
             if event.kind != "value"
         ]
         assert [event.value for event in events if event.kind == "waiting"] == [3, 2]
@@ -430,7 +429,7 @@ def test_the_clock_is_in_timing_csv_alone(reference):
 
 def test_the_longest_runs_come_first(tmp_path):
     configs = [smoke(depth=depth, seed=seed) for seed in (0, 1) for depth in (8, 20, 14)]
-    runs = find_runs(Study(tmp_path, "s", "smoke", configs[0].shared()), configs)
+    runs = Study(tmp_path, "s", "smoke", configs[0].shared()).find(configs)
     assert [run.config.depth for run in runs] == [20, 20, 14, 14, 8, 8]
 
 
@@ -501,7 +500,7 @@ if __name__ == "__main__":  # of the test that kills: the reference sweep, commi
     configs = [smoke(block, depth) for block in ("plain", "residual") for depth in (8, 14)]
     study = Study(Path(sys.argv[2]) / "shapes-smoke", "shapes-smoke", "smoke", configs[0].shared())
     begun = set()
-    todo = [run for run in find_runs(study, configs) if run.status != "done"]
+    todo = [run for run in study.find(configs) if run.status != "done"]
     for run, event in sweep(study, todo, Machine("cpu", 2, 1), Path(sys.argv[1]), commit_seconds=0):
         if event.kind == "value":
             print(int(run.folder not in begun), event.value.step, flush=True)

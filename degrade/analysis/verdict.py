@@ -118,7 +118,7 @@ def chance_error(dataset: str) -> float:
 
 def final_epochs(epochs: "pd.DataFrame") -> "pd.DataFrame":
     """The last row of each run; the errors of a diverged run are set to chance."""
-    last = epochs.sort_values("epoch").groupby(["study", "id"], sort=False).tail(1).copy()
+    last = epochs[epochs["epoch"] == epochs.groupby(["study", "id"])["epoch"].transform("max")].copy()
     diverged = last["status"] == "diverged"
     chance = last["dataset"].map(chance_error)
     for column in ("train_error", "test_error"):

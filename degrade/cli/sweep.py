@@ -3,8 +3,7 @@
 import math
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -102,7 +101,6 @@ class Plan(NamedTuple):
     configs: list[RunConfig]
     runs: list[store.Run]
     todo: list[store.Run]
-    machine: "Machine"
 
 
 @app.command(cls=Plain)
@@ -294,38 +292,48 @@ def sweep(
             raise ValueError(f"--snapshots must be steps from 0 to {config.steps:,}; got {snapshots}")
         study_folder(out, asked.name)
 
-    from degrade import machines
-    from degrade.sweep import find_runs
+    counts = auto(jobs, "--jobs"), auto(threads, "--threads"), auto(pack, "--pack")
+    passed_over = [*store.FINISHED, *([] if retry_failed else ["failed"])]
 
-    with machines.join(executor, address=address, partition=partition, time=time, gpus=gpus) as there:
-        device = there.device(device)
-        plans = []
-        for asked in _studies(wanted, axes, there.precision(device, None)):
-            chosen, configs = _open(study_folder(out, asked.name), asked, nets, partial(there.precision, device))
-            if group:
-                check_shares(configs[0], group)
-            runs = find_runs(chosen, configs, glance=dry_run)
-            passed_over = [*store.FINISHED, *([] if retry_failed else ["failed"])]
-            todo = [run for run in runs if run.status not in passed_over]
-            machine_wanted = machines.Wanted(
-                device, auto(jobs, "--jobs"), auto(threads, "--threads"), auto(pack, "--pack"), compiled
-            )
-            machine, missing = there.machine(configs if todo else [], machine_wanted)
-            if missing:
-                note(missing)
-            compiled = machine.compiled  # if that does not work here, it is said once
-            plans.append(Plan(chosen, configs, runs, todo, machine))
-        share = group.size if group else 1  # of each batch is this process's
-        seconds = {run: whole / share for run, whole in _estimate(plans, there).items()}
-        _print_plans(plans, seconds, there)
-        if not dry_run:
-            _train([plan for plan in plans if plan.todo], there, out, data_dir, seconds, kept, group)
+    def plan_of(asked: Asked, usual: str = "fp32") -> Plan:
+        chosen, configs = _open(study_folder(out, asked.name), asked, nets, usual)
+        runs = chosen.find(configs, glance=dry_run)
+        return Plan(chosen, configs, runs, [run for run in runs if run.status not in passed_over])
+
+    plans: list[Plan] = []
+    if "precision" not in wanted | axes and all((study_folder(out, a.name) / store.STUDY).exists() for a in studies):
+        plans = [plan_of(asked) for asked in studies]  # whose precision is the one they were begun with
+    if plans and not any(plan.todo for plan in plans):  # nobody has to wait for torch, or for a cluster
+        _print_plans(plans, {}, {}, "")
+    else:
+        from degrade import machines
+
+        with machines.join(executor, address=address, partition=partition, time=time, gpus=gpus) as there:
+            device = there.device(device)
+            usual = there.precision(device, None)
+            plans = plans or [plan_of(asked, usual) for asked in _studies(wanted, axes, usual)]
+            on = {}
+            for plan in plans:
+                there.precision(device, plan.configs[0].precision)
+                if group:
+                    check_shares(plan.configs[0], group)
+                machine_wanted = machines.Wanted(device, *counts, compiled)
+                machine, missing = there.machine(plan.configs if plan.todo else [], machine_wanted)
+                if missing:
+                    note(missing)
+                compiled = machine.compiled  # if that does not work here, it is said once
+                on[plan.study.folder] = machine
+            share = group.size if group else 1  # of each batch is this process's
+            seconds = {run: whole / share for run, whole in _estimate(plans, on, there).items()}
+            _print_plans(plans, on, seconds, there.name)
+            if not dry_run:
+                _train([plan for plan in plans if plan.todo], on, there, out, data_dir, seconds, kept, group)
+                plans = [plan._replace(runs=plan.study.find(plan.configs)) for plan in plans]
     if group:
         group.tell(None)  # that there is no more
         group.leave()
-    if dry_run:
-        return
-    _print_results([plan._replace(runs=find_runs(plan.study, plan.configs)) for plan in plans], out)
+    if not dry_run:
+        _print_results(plans, out)
 
 
 def _wanted(
@@ -402,12 +410,10 @@ def _studies(wanted: dict[str, Any], axes: Mapping[str, list[Any]], usual: str =
     return studies
 
 
-def _open(
-    folder: Path, asked: Asked, nets: dict[str, list[Any]], precision_of: Callable[[str | None], str]
-) -> tuple[store.Study, list[RunConfig]]:
+def _open(folder: Path, asked: Asked, nets: dict[str, list[Any]], usual: str) -> tuple[store.Study, list[RunConfig]]:
     """The study, be it there or not yet, and the configurations of the runs asked for.
 
-    `precision_of` gives the precision of where they are trained, of the one asked for.
+    `usual` is the precision of a new study where none is asked for.
 
     Raises:
         ValueError: the study that is there has another protocol.
@@ -417,21 +423,30 @@ def _open(
         raise ValueError(
             f"study {there.name} holds imported runs; give this sweep a study of its own with --study NAME"
         )
-    precision = there.shared["precision"] if there else precision_of(None)
+    precision = there.shared["precision"] if there else usual
     fields = protocol_fields(asked.protocol, {"precision": precision} | asked.fields, asked.dataset)
     configs = configs_of(nets, asked.dataset, fields)
-    precision_of(configs[0].precision)
     study = there or store.Study(folder, folder.name, asked.protocol, configs[0].shared())
     study.check(configs)
     return study, configs
 
 
-def _estimate(plans: Sequence[Plan], there: "Machines") -> dict[str, float]:
-    """Seconds each whole run to train will take, by run id, if that can be told. What trains alike is timed once."""
+def _estimate(plans: Sequence[Plan], on: Mapping[Path, "Machine"], there: "Machines") -> dict[str, float]:
+    """Seconds each whole run to train will take, by run id, if that can be told. What trains alike is timed once.
+
+    `on` has what the runs of each study are trained on, by its folder.
+    """
     alike: dict[Any, list[RunConfig]] = {}
     for plan in plans:
         for config in (run.config for run in plan.todo):
-            key = plan.machine, config.dataset, config.width, config.shortcut, config.batch_size, config.precision
+            key = (
+                on[plan.study.folder],
+                config.dataset,
+                config.width,
+                config.shortcut,
+                config.batch_size,
+                config.precision,
+            )
             alike.setdefault(key, []).append(config)
     seconds: dict[str, float] = {}
     for (machine, *_), configs in alike.items():
@@ -444,10 +459,8 @@ def _left(run: store.Run, seconds: float | None) -> float | None:
     return None if seconds is None else seconds * (1 - run.record()["step"] / run.config.steps)
 
 
-def _print_plans(plans: Sequence[Plan], seconds: dict[str, float], there: "Machines") -> None:
-    """The run table of each study and about how long all will take; `seconds` as `_estimate` gives it."""
-    from degrade import bench
-
+def _print_plans(plans: Sequence[Plan], on: Mapping[Path, "Machine"], seconds: Mapping[str, float], where: str) -> None:
+    """The run table of each study and about how long all will take; `on` and `seconds` as `_estimate` has them."""
     total, steps = 0.0, 1
     for plan in plans:
         left = {
@@ -457,11 +470,13 @@ def _print_plans(plans: Sequence[Plan], seconds: dict[str, float], there: "Machi
         say(f"Study {plan.study.folder}: {count(len(plan.runs), 'run')}, {len(left)} to train")
         say_table(terminal.plan_table(plan.runs, left))
         if known:
-            wall = bench.makespan(known, plan.machine.jobs)  # packing shares one GPU: it gains, how much?
-            say(f"About {terminal.duration(wall)} on {there.name}: {how(plan.machine)}")
+            from degrade import bench
+
+            wall = bench.makespan(known, on[plan.study.folder].jobs)  # packing shares one GPU: it gains, how much?
+            say(f"About {terminal.duration(wall)} on {where}: {how(on[plan.study.folder])}")
             total, steps = total + wall, max(steps, plan.configs[0].steps)
         elif left:
-            say(f"On {there.name}: {how(plan.machine)}")
+            say(f"On {where}: {how(on[plan.study.folder])}")
     if len(plans) > 1 and total:
         say(f"In all about {terminal.duration(total)}, the {len(plans)} studies one after the other")
     short = PROTOCOLS["short"]["steps"] / steps
@@ -471,6 +486,7 @@ def _print_plans(plans: Sequence[Plan], seconds: dict[str, float], there: "Machi
 
 def _train(
     plans: Sequence[Plan],
+    on: Mapping[Path, "Machine"],
     there: "Machines",
     out: Path,
     data_dir: Path | None,
@@ -484,8 +500,8 @@ def _train(
     for plan in plans:
         if len(plans) > 1:
             say(f"Study {plan.study.folder}")
-        there.use(plan.machine)
-        train_live(plan.study, plan.todo, plan.machine, data_dir, seconds, kept, group, there.engine)
+        there.use(on[plan.study.folder])
+        train_live(plan.study, plan.todo, on[plan.study.folder], data_dir, seconds, kept, group, there.engine)
 
 
 def _print_results(plans: Sequence[Plan], out: Path) -> None:

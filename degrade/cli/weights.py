@@ -321,12 +321,12 @@ def identity(
         configs = [replace(base, depth=there.config.depth), base]
         for config in configs:
             construction.begin(chosen, config, trained, splits)
-        todo = [run for run in engine.find_runs(chosen, configs) if run.status not in store.FINISHED]
+        todo = [run for run in chosen.find(configs) if run.status not in store.FINISHED]
         if todo:
             device = engine.resolve_device(device)
             machine = machine_of(device, [run.config for run in todo], "auto", threads, "auto", compiled)
             train_live(chosen, todo, machine, where, bench.estimate([run.config for run in todo], machine))
-        continued, control = engine.find_runs(chosen, configs)  # the longest first
+        continued, control = chosen.find(configs)  # the longest first
     record["scratch"] = construction.from_scratch(there, depth)
     record["finding"] = construction.finding(record, continued, control)
     construction.write(chosen, record)
