@@ -91,7 +91,7 @@ def interval(groups: Sequence[Sequence[float]], signs: Sequence[int]) -> tuple[f
     Returns:
         The sum, and its interval's ends: None where a group has fewer than two values.
     """
-    from scipy import stats
+    from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats has it too, and takes a second more
 
     total = float(sum(sign * np.mean(group) for sign, group in zip(signs, groups, strict=True)))
     if min(len(group) for group in groups) < 2:
@@ -101,7 +101,7 @@ def interval(groups: Sequence[Sequence[float]], signs: Sequence[int]) -> tuple[f
     if variance == 0:
         return total, total, total
     freedom = variance**2 / sum(s**2 / (len(group) - 1) for s, group in zip(squares, groups, strict=True))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance)
+    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * math.sqrt(variance)
     return total, total - half, total + half
 
 
