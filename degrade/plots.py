@@ -213,7 +213,8 @@ def draw_data_sets(epochs: "pd.DataFrame", grid: Grid) -> Figure:
 def draw_curves(epochs: "pd.DataFrame") -> Figure:
     """The error curves of Fig. 6, on one scale: a panel for each block, plain on the left."""
     epochs = _comparable(epochs)
-    blocks = [block for block in BLOCKS if (epochs["block"] == block).any()]
+    there = set(epochs["block"].unique())
+    blocks = [block for block in BLOCKS if block in there]
     figure = Figure(figsize=(4.4 * len(blocks) + 1.4, 4.2), layout="constrained")
     axes = figure.subplots(1, len(blocks), sharey=True, squeeze=False)[0]
     for ax, block in zip(axes, blocks, strict=True):
@@ -236,10 +237,11 @@ def curves(ax: Axes, epochs: "pd.DataFrame", block: str) -> Axes:
         epochs: rows of one study, as `store.load` gives them.
         block: of `config.BLOCKS`.
     """
-    depths = sorted(set(epochs["depth"]))
+    depths = sorted(epochs["depth"].unique())
     colours = matplotlib.colormaps["viridis"]
+    of_block = epochs[epochs["block"] == block]
     for i, depth in enumerate(depths):
-        runs = epochs[(epochs["block"] == block) & (epochs["depth"] == depth)]
+        runs = of_block[of_block["depth"] == depth]
         if runs.empty:
             continue
         colour = colours(0.75 * i / max(len(depths) - 1, 1))
@@ -410,8 +412,9 @@ def _images(count: float | None) -> str:
     return "all images" if count is None or math.isnan(count) else f"{count:,.0f} images"
 
 
-def _several_seeds(runs: "pd.DataFrame") -> bool:
-    return bool(runs.groupby(["block", "depth"])["seed"].nunique().max() > 1)
+def _several_seeds(epochs: "pd.DataFrame") -> bool:
+    runs = epochs[["block", "depth", "seed"]].drop_duplicates()
+    return bool(runs.duplicated(["block", "depth"]).any())
 
 
 def _published(net: paper.Published, measure: str) -> float | None:

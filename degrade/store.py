@@ -17,10 +17,14 @@ import contextlib
 import json
 import os
 import re
+import signal
+import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -38,6 +42,7 @@ ENVIRONMENT, CHECKPOINTS, ERROR, LOCK = "environment.json", "checkpoints", "erro
 IMPORTED, WEIGHTS, SNAPSHOTS = "imported.json", "weights.pt", "snapshots"
 IDENTITY, PROBES, FIGURES = "identity.json", "probes", "figures"  # of a study
 RUN = re.compile(r"[a-z]+-\d+-s\d+-[0-9a-f]{8}")  # a run id, the name of its folder
+MANY = 1000  # logs, from which on several processes read them
 FINISHED = ("done", "diverged")  # the statuses of runs that count as results
 
 
@@ -411,6 +416,8 @@ def find_studies(root: Path, *, glance: bool = False) -> tuple[list[Study], list
     for folder in sorted(_study_folders(root)):
         try:
             studies.append(Study.open(folder, root, glance=glance))
+            if not glance:
+                _read_logs(studies[-1].runs)
             damaged += studies[-1].damaged
         except Failure as error:
             damaged.append(str(error))
@@ -421,6 +428,24 @@ def find_studies(root: Path, *, glance: bool = False) -> tuple[list[Study], list
             f"{root} holds no study (a folder with {STUDY}); `degrade sweep --depths 20,56 --out {root}` makes one"
         )
     return studies, damaged
+
+
+def _read_logs(runs: Sequence[Run]) -> None:
+    """Read the logs now, thousands of them in several processes, as each run would do it when it is asked."""
+    if len(runs) < MANY or sys.platform != "linux" or threading.active_count() > 1:  # a fork of threads can hang
+        return
+    from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    processes = min(len(os.sched_getaffinity(0)), 8)
+    with ProcessPoolExecutor(processes, get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        try:
+            for run, log in zip(runs, pool.map(attrgetter("_log"), runs, chunksize=64), strict=True):
+                vars(run)["_log"] = log
+        except BrokenProcessPool:  # out of memory, say; the runs left read theirs when they are asked
+            pass
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _study_folders(root: Path) -> Iterator[Path]:

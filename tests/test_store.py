@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 from conftest import smoke, write_run
@@ -201,3 +203,34 @@ def test_records_are_what_show_prints(tmp_path):
         "train_error": 0.7,
         "test_error": 0.6,
     }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="one process reads them elsewhere")
+@pytest.mark.parametrize("dies", ["no process dies", "each process dies at its third log"])
+def test_many_logs_are_read_in_several_processes_as_in_one(tmp_path, dies):
+    for seed in range(9):
+        write_run(tmp_path / "s", smoke(seed=seed), [(0.9, 0.9), (0.1 * seed, 0.5)])
+    damaged = tmp_path / "s" / smoke(seed=4).run_id / store.LOG
+    damaged.write_text(damaged.read_text()[:-5])
+    one, lines = find_studies(tmp_path)
+    assert str(damaged) in lines[0]
+    script = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from degrade import store\n"
+        "store.MANY, read, mine, theirs = 9, store.to_columns, os.getpid(), []\n"
+        "def to_columns(*values, **named):\n"
+        "    theirs.append(1)\n"
+        f"    if {dies != 'no process dies'} and os.getpid() != mine and len(theirs) > 2: os._exit(1)\n"
+        f"    Path({str(tmp_path)!r}, f'read-{{os.getpid()}}').touch()\n"
+        "    return read(*values, **named)\n"
+        "store.to_columns = to_columns\n"
+        f"studies, damaged = store.find_studies(Path({str(tmp_path)!r}))\n"
+        "print([(run.folder.name, run.status, run.epochs) for run in studies[0].runs], damaged, mine)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    found, _, mine = result.stdout.rstrip().rpartition(" ")
+    assert found == f"{[(run.folder.name, run.status, run.epochs) for run in one[0].runs]} {lines}"
+    here = f"read-{mine}" in [path.name for path in tmp_path.glob("read-*")]
+    assert here == (dies != "no process dies")
+    assert len(list(tmp_path.glob("read-*"))) > here
