@@ -53,13 +53,14 @@ def show(
     if as_json and as_csv:
         raise ValueError("--csv and --json exclude each other")
     studies, damaged = store.find_studies(results, glance=True)
-    records = [run.record() for study in studies for run in study.runs]
-    if as_json:
-        print(json.dumps(records, indent=2))
-    elif as_csv:
-        writer = csv.DictWriter(sys.stdout, records[0] if records else ["id"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
+    if as_json or as_csv:
+        records = [run.record() for study in studies for run in study.runs]
+        if as_json:
+            print(json.dumps(records, indent=2))
+        else:
+            writer = csv.DictWriter(sys.stdout, records[0] if records else ["id"], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(records)
     else:
         for study in studies:
             say(f"{study.name}: {study.shared['dataset']}, protocol {study.protocol}")
