@@ -432,7 +432,7 @@ def find_studies(root: Path, *, glance: bool = False) -> tuple[list[Study], list
 
 def _read_logs(runs: Sequence[Run]) -> None:
     """Read the logs now, thousands of them in several processes, as each run would do it when it is asked."""
-    if len(runs) < MANY or sys.platform != "linux" or threading.active_count() > 1:  # a fork of threads can hang
+    if len(runs) < MANY or sys.platform != "linux" or threading.active_count() > 1:  # a fork beside threads can hang
         return
     from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
     from multiprocessing import get_context
