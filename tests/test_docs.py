@@ -170,7 +170,7 @@ STUDIES = sorted((ROOT / "results").glob("*/study.json"))
 class TestReferenceResults:
     def test_every_run_is_done_and_named_by_its_configuration(self, path):
         study = store.Study.open(path.parent)
-        counts = {"a-martyn": 8, "cifar10-short": 12, "cifar10-demo": 12, "shapes-demo": 12}
+        counts = {"a-martyn": 8, "cifar10-short": 16, "cifar10-demo": 12, "shapes-demo": 12}
         counts |= {"cifar10-grey-demo": 12, "cifar10-half-demo": 12}  # a construction: 2
         assert [run.status for run in study.runs] == ["done"] * counts.get(path.parent.name, 2)
         assert path.parent.name in TEXT
