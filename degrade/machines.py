@@ -1,6 +1,5 @@
 """Where a sweep's runs are trained: here or on a cluster; what there is, and what is demanded of it first."""
 
-import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,14 +13,13 @@ from degrade.config import RunConfig
 from degrade.data import default_data_dir, fetch
 from degrade.engine.process import cores
 from degrade.errors import Failure
-from degrade.execute import ray, slurm
+from degrade.execute import check_counts, ray, slurm
 from degrade.execute.remote import Engine
 from degrade.provenance import code
 from degrade.sweep import Machine
 
 BUSY = 60.0  # seconds that a question waits for room on a cluster; then the sweep goes without an answer
 DOWNLOAD = 3600.0  # seconds that the nodes have to fetch a data set
-MINUTES = re.compile(r"(?:(?P<days>\d{1,3})-)?(?P<a>\d{1,5})(?::(?P<b>\d\d?))?(?::(?P<c>\d\d?))?")  # of SLURM
 
 
 class Wanted(NamedTuple):
@@ -156,7 +154,7 @@ class OnRay:
 
     def machine(self, configs: Sequence[RunConfig], wanted: Wanted) -> tuple[Machine, str]:
         device, jobs, threads, pack, compiled = wanted
-        sweep.check_counts(jobs=jobs, threads=threads, pack=pack, compiled=compiled)
+        check_counts(jobs=jobs, threads=threads, pack=pack, compiled=compiled)
         nodes, runs = self.engine.nodes, max(len(configs), 1)
         if device == "cuda":
             nodes = [node for node in nodes if node.gpus]
@@ -248,7 +246,7 @@ class OnSlurm:
 
     def machine(self, configs: Sequence[RunConfig], wanted: Wanted) -> tuple[Machine, str]:
         device, jobs, threads, pack, compiled = wanted
-        sweep.check_counts(jobs=jobs, threads=threads, pack=pack, compiled=compiled)
+        check_counts(jobs=jobs, threads=threads, pack=pack, compiled=compiled)
         threads, runs = threads or 1, max(len(configs), 1)
         if pack is None:
             pack = 0 if device == "cuda" and jobs else 1
@@ -281,51 +279,19 @@ def join(
     Args:
         executor: "local", "ray" or "slurm".
         address: of a Ray cluster, as `ray.join` takes it.
-        partition, time, gpus: of SLURM's jobs.
+        partition, time, gpus: of SLURM's jobs; `time` as `slurm.minutes` takes it.
 
     Raises:
-        ValueError: an option of the other engine, or one of its own that is none.
         Failure: there is no cluster.
     """
-    if executor not in ("local", "ray", "slurm"):
-        raise ValueError(f"executor must be local, ray or slurm; got {executor!r}")
-    if executor != "ray" and address is not None:
-        raise ValueError("--address is for --executor ray")
-    for name, value in (("partition", partition), ("time", time), ("gpus", gpus)):
-        if executor != "slurm" and value is not None:
-            raise ValueError(f"--{name} is for --executor slurm")
     if executor == "local":
         yield Here()
     elif executor == "ray":
-        if address is not None and not re.fullmatch(r"auto|(ray://)?[^\s/:]+:\d{1,5}", address):
-            raise ValueError(f"--address must be auto, HOST:PORT or ray://HOST:PORT; got {address!r}")
         with ray.join(address, cores()) as engine:
             if not engine.nodes:
                 raise Failure("the Ray cluster has no node with a CPU to give")
             yield OnRay(engine)
     else:
-        if gpus not in (None, 0, 1):
-            raise ValueError(f"--gpus must be 0 or 1: a run is trained on one GPU, which others may share; got {gpus}")
-        start = partial(slurm.Slurm, partition=partition, minutes=minutes(time or "60"))
+        start = partial(slurm.Slurm, partition=partition, minutes=slurm.minutes(time or "60"))
         start()  # that it is there is seen at once
         yield OnSlurm(start, gpus or 0)
-
-
-def minutes(text: str) -> int:
-    """SLURM's times in whole minutes: `30`, `30:00`, `8:00:00`, `2-12`, `2-12:30`.
-
-    Raises:
-        ValueError: it is none, or below five minutes, which are too few for a job to begin and to end in order.
-    """
-    found = MINUTES.fullmatch(text)
-    parts = [int(part) for part in found.group("a", "b", "c") if part is not None] if found else []
-    if found and found["days"]:
-        hours, mins, *_ = [*parts, 0, 0]
-        total = (24 * int(found["days"]) + hours) * 60 + mins
-    elif len(parts) == 3:
-        total = 60 * parts[0] + parts[1]
-    else:
-        total = parts[0] if parts else 0
-    if total < 5:
-        raise ValueError(f"--time must be at least 5 minutes, as sbatch takes it (30, 8:00:00, 2-12); got {text!r}")
-    return total

@@ -25,7 +25,7 @@ from degrade.engine.compiled import why_not
 from degrade.engine.group import ALONE, Group
 from degrade.engine.process import cores, prepare_process
 from degrade.errors import Failure
-from degrade.execute import Crowded, Event
+from degrade.execute import Crowded, Event, check_counts
 from degrade.execute.local import execute
 from degrade.execute.remote import Engine, execute_elsewhere
 from degrade.execute.slurm import may_begin
@@ -183,18 +183,6 @@ def resolve_machine(
             raise ValueError(f"compile on needs a compiler that works: {reason}")
         machine, note = replace(machine, compiled="off"), f"not compiled, since that does not work here: {reason}"
     return machine, note
-
-
-def check_counts(*, compiled: str, **counts: int | None) -> None:
-    """
-    Raises:
-        ValueError: a count below 1 or above 1024, or no such way to compile.
-    """
-    for name, value in counts.items():
-        if value is not None and not 1 <= value <= 1024:
-            raise ValueError(f"{name} must be from 1 to 1024; got {value}")
-    if compiled not in ("auto", "on", "off"):
-        raise ValueError(f"compile must be auto, on or off; got {compiled!r}")
 
 
 def gpu_pack(device: str, configs: Sequence[RunConfig]) -> int:

@@ -697,6 +697,22 @@ def test_nobody_waits_for_torch_or_a_cluster_where_nothing_is_left_to_train(cli,
     assert again.stdout.endswith(results) == (flags != ["--dry-run"])
 
 
+def test_bad_options_are_refused_where_nothing_is_left_to_train_too(cli, tmp_path, data_dir):
+    asked = sweep_arguments(tmp_path, data_dir, "--depths", "8")
+    assert cli(*asked).exit_code == 0
+    for options, message in (
+        (["--jobs", "0"], "jobs must be from 1 to 1024; got 0"),
+        (["--compile", "yes"], "compile must be auto, on or off; got 'yes'"),
+        (["--executor", "rya"], "executor must be local, ray or slurm; got 'rya'"),
+        (["--gpus", "1"], "--gpus is for --executor slurm"),
+        (["--executor", "slurm", "--time", "1"], "--time must be at least 5 minutes"),
+        (["--executor", "slurm", "--gpus", "2"], "--gpus must be 0 or 1"),
+    ):
+        result = cli(*asked, *options)
+        assert (result.exit_code, result.stdout) == (2, ""), options
+        assert result.stderr.startswith(f"degrade: {message}")
+
+
 def test_torchvision_is_imported_by_what_needs_it_alone():
     """It takes a second."""
     script = "import sys, degrade.sweep, degrade.cli; assert 'torchvision' not in sys.modules"

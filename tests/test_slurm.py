@@ -366,13 +366,13 @@ def test_a_partition_that_is_not_there_is_one_line(cluster, tmp_path, data_dir):
     ],
 )
 def test_times_are_read_as_sbatch_reads_them(text, minutes):
-    assert machines.minutes(text) == minutes
+    assert slurm.minutes(text) == minutes
 
 
 @pytest.mark.parametrize("text", ["", "4", "1:00", "0:04:59", "soon", "1h", "-5", "30 ", "1:2:3:4", "9" * 400])
 def test_other_times_are_refused(text):
     with pytest.raises(ValueError, match="--time must be"):
-        machines.minutes(text)
+        slurm.minutes(text)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,8 @@ from degrade.config import (
     study_name,
     typed,
 )
+from degrade.execute import check_counts
+from degrade.execute.slurm import minutes
 from degrade.stopping import stopping
 
 if TYPE_CHECKING:
@@ -292,7 +294,9 @@ def sweep(
             raise ValueError(f"--snapshots must be steps from 0 to {config.steps:,}; got {snapshots}")
         study_folder(out, asked.name)
 
-    counts = auto(jobs, "--jobs"), auto(threads, "--threads"), auto(pack, "--pack")
+    counts = {"jobs": auto(jobs, "--jobs"), "threads": auto(threads, "--threads"), "pack": auto(pack, "--pack")}
+    check_counts(compiled=compiled, **counts)
+    _check_engine(executor, address, partition, time, gpus)
     passed_over = [*store.FINISHED, *([] if retry_failed else ["failed"])]
 
     def plan_of(asked: Asked, usual: str = "fp32") -> Plan:
@@ -317,7 +321,7 @@ def sweep(
                 there.precision(device, plan.configs[0].precision)
                 if group:
                     check_shares(plan.configs[0], group)
-                machine_wanted = machines.Wanted(device, *counts, compiled)
+                machine_wanted = machines.Wanted(device, **counts, compiled=compiled)
                 machine, missing = there.machine(plan.configs if plan.todo else [], machine_wanted)
                 if missing:
                     note(missing)
@@ -334,6 +338,28 @@ def sweep(
         group.leave()
     if not dry_run:
         _print_results(plans, out)
+
+
+def _check_engine(
+    executor: str, address: str | None, partition: str | None, time: str | None, gpus: int | None
+) -> None:
+    """
+    Raises:
+        ValueError: an option of another engine, or one of its own that is none.
+    """
+    if executor not in EXECUTORS:
+        raise ValueError(f"executor must be local, ray or slurm; got {executor!r}")
+    if executor != "ray" and address is not None:
+        raise ValueError("--address is for --executor ray")
+    for name, value in (("partition", partition), ("time", time), ("gpus", gpus)):
+        if executor != "slurm" and value is not None:
+            raise ValueError(f"--{name} is for --executor slurm")
+    if address is not None and not re.fullmatch(r"auto|(ray://)?[^\s/:]+:\d{1,5}", address):
+        raise ValueError(f"--address must be auto, HOST:PORT or ray://HOST:PORT; got {address!r}")
+    if time is not None:
+        minutes(time)
+    if gpus not in (None, 0, 1):
+        raise ValueError(f"--gpus must be 0 or 1: a run is trained on one GPU, which others may share; got {gpus}")
 
 
 def _wanted(

@@ -39,3 +39,15 @@ class Error(NamedTuple):
         if self.type in ("Failure", "Held", "Crowded", "OSError", "") and line:
             return line
         return f"{self.type}: {line}".rstrip(": ") + f" ({self.where})"
+
+
+def check_counts(*, compiled: str, **counts: int | None) -> None:
+    """
+    Raises:
+        ValueError: a count below 1 or above 1024, or no such way to compile.
+    """
+    for name, value in counts.items():
+        if value is not None and not 1 <= value <= 1024:
+            raise ValueError(f"{name} must be from 1 to 1024; got {value}")
+    if compiled not in ("auto", "on", "off"):
+        raise ValueError(f"compile must be auto, on or off; got {compiled!r}")

@@ -22,6 +22,8 @@ REQUEUES = 10_000  # that a job has: each is a time limit's worth of training, a
 RUNNING = ("RUNNING", "COMPLETING")
 OVER = ("", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
+MINUTES = re.compile(r"(?:(?P<days>\d{1,3})-)?(?P<a>\d{1,5})(?::(?P<b>\d\d?))?(?::(?P<c>\d\d?))?")
+
 
 @dataclass(frozen=True)
 class _Requeued:
@@ -196,3 +198,23 @@ class Slurm:
 def _last(text: str) -> str:
     """The last line that says anything."""
     return (text.strip().splitlines() or [""])[-1].strip()
+
+
+def minutes(text: str) -> int:
+    """SLURM's times in whole minutes: `30`, `30:00`, `8:00:00`, `2-12`, `2-12:30`.
+
+    Raises:
+        ValueError: it is none, or below five minutes, which are too few for a job to begin and to end in order.
+    """
+    found = MINUTES.fullmatch(text)
+    parts = [int(part) for part in found.group("a", "b", "c") if part is not None] if found else []
+    if found and found["days"]:
+        hours, mins, *_ = [*parts, 0, 0]
+        total = (24 * int(found["days"]) + hours) * 60 + mins
+    elif len(parts) == 3:
+        total = 60 * parts[0] + parts[1]
+    else:
+        total = parts[0] if parts else 0
+    if total < 5:
+        raise ValueError(f"--time must be at least 5 minutes, as sbatch takes it (30, 8:00:00, 2-12); got {text!r}")
+    return total
