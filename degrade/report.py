@@ -357,7 +357,7 @@ def _and(words: Sequence[str]) -> str:
 
 
 def headline(found: Sequence[Verdict]) -> str:
-    """Of each block the deepest comparison: `plain nets degrade (56 v 20 layers: +16.73); ...`"""
+    """Of each block what `deepest` picks: `plain nets degrade (56 v 20 layers: +16.73); ...`"""
     words = {"degrades": "degrade", "does not degrade": "do not degrade", "undecided": "undecided"}
     parts = []
     for v in deepest(found):

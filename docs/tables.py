@@ -31,7 +31,7 @@ NOT_YET = "not measured yet"
 
 
 def verdict_table() -> str:
-    """What `degrade verdict` says of the reference results: of each block the deepest comparison."""
+    """What `degrade verdict` says of the reference results: of each block what is said first (`deepest`)."""
     epochs = degrade.load(RESULTS)
     rows = []
     for study in studies():

@@ -8,7 +8,7 @@ from scipy import stats
 
 import degrade
 from degrade import store
-from degrade.analysis.verdict import decide, interval, verdicts
+from degrade.analysis.verdict import decide, deepest, interval, verdicts
 
 
 def study(tmp_path, errors, steps=24, **kwargs):
@@ -91,6 +91,14 @@ def test_one_seed_is_undecided_with_its_difference(tmp_path):
     assert v.difference == pytest.approx(0.8)
     assert (v.low, v.high, v.seeds) == (None, None, 1)
     assert v.early
+
+
+def test_what_is_said_first_is_the_deepest_comparison_that_has_an_interval(tmp_path):
+    errors = {("plain", 8): [0.50, 0.51], ("plain", 14): [0.6, 0.61], ("plain", 20): [0.9]}
+    found = study(tmp_path, errors | {("residual", 8): [0.5], ("residual", 14): [0.4], ("residual", 20): [0.3]})
+    said = {v.block: v.deep for v in deepest(list(found.values()))}
+    assert said == {"plain": 14, "residual": 20, "plain-residual": 20}
+    assert list(said) == ["plain", "residual", "plain-residual"]
 
 
 def test_a_full_length_study_is_not_called_early(tmp_path):

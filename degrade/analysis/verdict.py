@@ -150,9 +150,13 @@ def verdicts(epochs: "pd.DataFrame") -> list[Verdict]:
     return [v for runs in studies if not from_trained(runs["init"].iloc[0]) for v in _comparisons(runs)]
 
 
-def deepest(found: Iterable[Verdict]) -> list[Verdict]:
-    """The last comparison of each block, and of the contrast; verdicts come by depth."""
-    return list({v.block: v for v in found}.values())
+def deepest(found: Sequence[Verdict]) -> list[Verdict]:
+    """Of each block, and of the contrast, the deepest comparison that has an interval, else the deepest.
+
+    So one run of a yet deeper net does not hide what several seeds show. `found` comes by depth.
+    """
+    last = {v.block: v for v in found}
+    return list((last | {v.block: v for v in found if v.low is not None}).values())
 
 
 @dataclass(frozen=True)
