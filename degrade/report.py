@@ -194,6 +194,7 @@ class Section:
     film: dict[str, Any] | None = None
     comparable: bool = False
     tables: dict[str, Table] = field(default_factory=dict)
+    shares: bool = False  # whether it makes the choices that the page lists once, for all studies
     commands: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -226,6 +227,7 @@ def write_report(studies: Sequence[Study], damaged: Sequence[str], out: Path) ->
     if epochs.empty and not any(map(_construction, studies)):
         raise ValueError("there is no epoch to report yet; degrade show tells how far the runs are")
     sections = [_section(study, epochs, f"study-{i}", out) for i, study in enumerate(studies, start=1)]
+    shared = _take_shared(sections)
     data_sets = [_data_sets(name, grid, studies, epochs, out) for name, grid in data_sets_of(studies).items()]
     grids = [_side_by_side(name, grid, studies, epochs, out) for name, grid in grids_of(studies).items()]
     ended = max((end for study in studies for run in study.runs for _, end in _timing(run)), default=None)
@@ -234,6 +236,7 @@ def write_report(studies: Sequence[Study], damaged: Sequence[str], out: Path) ->
         "date": f"{ended:%Y-%m-%d}" if ended else "",
         "sections": sections,
         "grids": [*data_sets, *(grid for grid in grids if grid)],
+        "shared": shared,
         "damaged": [_plain(line, 1000) for line in damaged],
         "chapters": CHAPTERS,
     }
@@ -275,6 +278,7 @@ def escaped(value: Any) -> str:
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", line).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+CHOICE = ("what", "published", "here", "kind")
 CHAPTERS = ("Verdict", "Figures", "Numbers", "Fidelity", "Provenance")
 
 
@@ -309,7 +313,7 @@ def _section(study: Study, epochs: "pd.DataFrame", anchor: str, out: Path) -> Se
     imported, problems = _imported(study)
     section.tables["departures"] = Table(
         "Where it departs from the published protocol, and what it does where that leaves a choice open",
-        ("what", "published", "here", "kind"),
+        CHOICE,
         [tuple(_plain(text) for text in departure) for departure in departures(study.shared, imported)],
     )
     section.tables["environment"], notes = _environments(study)
@@ -317,6 +321,26 @@ def _section(study: Study, epochs: "pd.DataFrame", anchor: str, out: Path) -> Se
     section.tables["runs"] = _runs(study)
     section.commands = [_plain(command, 10_000) for command in commands(study)]
     return section
+
+
+def _take_shared(sections: Sequence[Section]) -> Table | None:
+    """What all studies trained here do alike, taken out of their tables; of imported runs no choices are known."""
+    making = [section for section in sections if any(row[-1] == "assumed" for row in _departures(section))]
+    if len(making) < 2:
+        return None
+    first, *others = (_departures(section) for section in making)
+    rows = [row for row in first if row[-1] == "assumed" and all(row in other for other in others)]
+    if not rows:
+        return None
+    for section in making:
+        own = [row for row in _departures(section) if row not in rows]
+        section.tables["departures"] = section.tables["departures"]._replace(rows=own)
+        section.shares = True
+    return Table("What all studies trained here do alike where the paper leaves a choice open", CHOICE, rows)
+
+
+def _departures(section: Section) -> Sequence[tuple[str, ...]]:
+    return section.tables["departures"].rows
 
 
 def _construction(study: Study) -> dict[str, Any] | None:

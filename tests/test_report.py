@@ -16,7 +16,7 @@ import pytest
 from conftest import micro, smoke, write_run
 
 import degrade
-from degrade import paper, report, store
+from degrade import fidelity, paper, report, store
 from degrade.analysis.verdict import decide, final_epochs, verdicts
 from degrade.config import RunConfig
 
@@ -127,13 +127,13 @@ def test_the_twin_has_the_pages_tables(page, twin):
     of_page = [table for table in Reader(page).tables if table != [["nets"]]]  # the film's, which the script fills in
     assert of_page == tables_of(twin)
     assert (
-        len(of_page) == 4 + 6 + 1 + 1
-    )  # literature, and a place in it, beside cifar10; environment, departures, runs, numbers, verdict
+        len(of_page) == 4 + 6 + 1 + 1 + 1
+    )  # literature, and a place in it, beside cifar10; environment, departures, runs, numbers, verdict; choices
 
 
 def test_the_numbers_are_those_of_the_frame(page, results):
     final = final_epochs(degrade.load(results))
-    tables = {tuple(table[0][:4]): table[1:] for table in Reader(page).tables[-6:]}
+    tables = {tuple(table[0][:4]): table[1:] for table in Reader(page).tables[-7:]}
     rows = {row[0]: row[1:] for row in tables["net", "seeds", "training error", "test error"]}
     for block, depth in (("plain", 20), ("plain", 56), ("residual", 20), ("residual", 56)):
         runs = final[(final["study"] == "paper") & (final["block"] == block) & (final["depth"] == depth)]
@@ -311,6 +311,22 @@ def test_damage_is_named_and_left_out(tmp_path):
         assert f"{run.folder / store.LOG}: the header is not degrade's" in said
         assert f"{other.folder / store.ENVIRONMENT} is not JSON" in said
     assert "| plain-8 | 1 |" in twin.read_text()
+
+
+def test_choices_that_all_studies_make_alike_are_listed_once(results, twin, page, tmp_path):
+    (shared,) = tables_of(section_of(twin, "Choices"))
+    assert 'href="#choices"' in page
+    for study in store.find_studies(results)[0]:
+        tables = tables_of(section_of(twin, re.escape(report.escaped(study.name))))
+        (own,) = [table for table in tables if tuple(table[0]) == report.CHOICE]
+        rows = [list(departure) for departure in fidelity.departures(study.shared, None)]
+        assert sorted(own[1:] + shared[1:]) == sorted([" ".join(cell.split()) for cell in row] for row in rows)
+    assert {row[-1] for row in shared[1:]} == {"assumed"}
+    make_study(tmp_path / "s", seeds=(0,))
+    page, twin = report.write_report(*store.find_studies(tmp_path), tmp_path / "out")
+    assert "## Choices" not in twin.read_text()
+    assert "at the end" not in twin.read_text() + page.read_text()
+    assert "| which step counts |" in twin.read_text()
 
 
 def test_imported_runs_list_their_departures(tmp_path):
