@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from degrade import commit, store
-from degrade.config import BLOCKS, PROTOCOLS, RunConfig, overridden, run_id
+from degrade.config import BLOCKS, PROBES, PROTOCOLS, RunConfig, overridden, run_id
 from degrade.errors import Failure
 from degrade.log import from_csv, to_csv
+from degrade.probe import FIRST, digest, read_part
 from degrade.provenance import Clock
 from degrade.store import Run, Study, to_json
 from degrade.train import State, read_state
@@ -89,6 +90,7 @@ def _check_study(folder: Path, repair: bool) -> Checked:
     shared, findings = _study(folder, runs)
     if repair:
         _mend(findings)
+    findings += [*_constructed(folder), *_probed(folder / store.PROBES)]
     statuses, alone = Counter[str](), 0
     for run in runs:
         found = _settled(run, shared, repair)
@@ -164,6 +166,63 @@ def _study_file(shared: dict[str, Any], imported: bool) -> bytes:
     return to_json({"protocol": protocol, "shared": shared} | ({"imported": True} if imported else {}))
 
 
+def _constructed(folder: Path) -> Iterator[Finding]:
+    try:
+        store.read_identity(folder)
+    except (Failure, OSError) as error:
+        path = folder / store.IDENTITY
+        yield Finding(path, f"{_reason(error, path)}; degrade identity writes it anew, once it is deleted")
+
+
+def _probed(folder: Path) -> Iterator[Finding]:
+    """What is wrong with the tables of what was probed, and with the parts they were made of, where these are there.
+
+    Nothing while the study is probed.
+    """
+    if commit.holder(folder / store.LOCK):
+        return
+    for probe in PROBES:
+        parts = {}
+        for path in sorted((folder / probe).glob("*.json")):
+            stored, text = read_part(path.with_suffix(".csv"))
+            if not stored:
+                yield Finding(path, "is not a JSON object; degrade probe measures it anew")
+            elif stored.get("csv") == digest(text):
+                parts[path.stem] = text
+            elif stored.get("csv"):
+                yield Finding(path.with_suffix(".csv"), "is not what was measured; degrade probe measures it anew")
+        table = folder / f"{probe}.csv"
+        try:
+            rows = _table(table.read_text())
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            yield Finding(table, _reason(error, table))
+            continue
+        if other := [part for part in parts if rows.get(part) != parts[part]]:
+            yield Finding(table, f"is not of its part {other[0]}; degrade probe writes it anew")
+
+
+def _table(text: str) -> dict[str, str]:
+    """The rows of a table of `degrade probe` by part, each with the header.
+
+    Raises:
+        ValueError: it is not as degrade wrote it.
+    """
+    header, *lines = text.splitlines(keepends=True) or [""]
+    if tuple(header.split(",")[: len(FIRST)]) != FIRST:
+        raise ValueError("the header is not degrade's")
+    rows: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        block, depth, seed, run, init = (line.split(",") + [""] * len(FIRST))[: len(FIRST)]
+        named = NAME.fullmatch(run) and run.startswith(f"{block}-{depth}-s{seed}-")
+        if not named or line.count(",") != header.count(",") or not line.endswith("\n"):
+            raise ValueError(f"row {number} is not degrade's")
+        part = run + (".init" if init == "1" else "")
+        rows[part] = rows.get(part, header) + line
+    return rows
+
+
 def _run(folder: Path, shared: dict[str, Any] | None) -> Iterator[Finding]:
     for part in (folder, folder / store.CHECKPOINTS, folder / store.SNAPSHOTS):
         for partial in commit.leavings(part):
@@ -180,7 +239,7 @@ def _run(folder: Path, shared: dict[str, Any] | None) -> Iterator[Finding]:
     for path, problem in bad:
         yield Finding(path, problem)
     if config:
-        if shared and (of := RunConfig.from_dict(config.as_dict() | shared).shared()) != config.shared():
+        if shared and (of := config.shared() | shared) != config.shared():  # which may lack fields that are newer
             yield Finding(folder / store.CONFIG, f"is of another study: {store.difference(of, config)}")
         yield from _log(folder, config, state)
     yield from _weights(folder)
@@ -339,4 +398,5 @@ def _reason(error: Exception, path: Path) -> str:
     if isinstance(error, FileNotFoundError):
         return "is missing"
     text = (error.strerror or "cannot be read") if isinstance(error, OSError) else str(error)
-    return text.removeprefix(f"{path} ").removeprefix(f"{path}: ").partition("; restore it")[0]
+    text = text.removeprefix(f"{path} ").removeprefix(f"{path}: ")
+    return text.partition("; restore it")[0].partition("; delete it")[0]

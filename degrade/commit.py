@@ -1,9 +1,9 @@
 """The commit protocol: whole files or none, checkpoints that prove themselves, locks that cannot go stale.
 
-Standard library only. Nothing else writes into a folder of results. A checkpoint's name is
-`<step>-<epochs>-<SHA-256 of its bytes>.pt`, so that one rename both publishes and vouches for it, and
-nothing else has to be written in step with it. Whatever changes a disk is called as `os.…`, where the
-tests listen, fail and kill.
+Standard library only. Nothing else writes results (what the jobs of a cluster say to each other, in execute/remote.py,
+is none). A checkpoint's name is `<step>-<epochs>-<SHA-256 of its bytes>.pt`, so that one rename both publishes and
+vouches for it, and nothing else has to be written in step with it. Whatever changes a disk is called as `os.…`, where
+the tests listen, fail and kill.
 """
 
 import contextlib
@@ -276,6 +276,21 @@ def fence(path: Path, owner: str) -> None:
             remove(path)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def hold_or_fail(path: Path) -> Iterator[Lock]:
+    """As `hold`, for who cannot go on without the lock.
+
+    Raises:
+        Failure: another process has it, or locks do not work here.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context(hold(path))
+        except Held as held:
+            raise Failure(f"{path.parent}: {held}") from None
+        yield lock
 
 
 def _beat(lock: Lock, ended: threading.Event) -> None:

@@ -339,6 +339,8 @@ def _check_common(values: tuple[Any, ...]) -> None:
         raise ValueError(f"momentum must be below 1; got {its.momentum}")
     if list(its.milestones) != sorted(set(its.milestones)) or (its.milestones and its.milestones[0] < 0):
         raise ValueError(f"milestones must be rising steps, such as 32000,48000; got {list(its.milestones)}")
+    if len(its.milestones) > 300:  # 10 to the power of their number divides the learning rate
+        raise ValueError(f"milestones must be at most 300; got {len(its.milestones)}")
 
 
 def _check_is_seed(name: str, value: int) -> None:
@@ -372,7 +374,7 @@ def typed(name: str, value: Any) -> Any:
     if value is None and kind == OPTIONAL:
         return None
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        return _real(name, value)
     if kind is str and isinstance(value, str):
         return value
     if kind in (int, OPTIONAL) and isinstance(value, int) and not isinstance(value, bool):
@@ -380,10 +382,17 @@ def typed(name: str, value: Any) -> Any:
     if kind == INTS and isinstance(value, list | tuple) and all(type(v) is int for v in value):
         return tuple(value)
     if kind == FLOATS and isinstance(value, list | tuple) and all(type(v) in (int, float) for v in value):
-        return tuple(map(float, value))
+        return tuple(_real(name, v) for v in value)
     words = {float: "a number", str: "text", int: "a whole number", OPTIONAL: "a whole number"}
     wanted = words.get(kind, "a list of whole numbers")
     raise ValueError(f"{name} must be {wanted}; got {value!r}")
+
+
+def _real(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be below 1e308; got a larger number") from None
 
 
 TYPES: dict[str, Any] = {field.name: field.type for field in fields(RunConfig)}
@@ -479,12 +488,15 @@ def study_name(dataset: str, protocol: str, overrides: Mapping[str, Any]) -> str
 
 def name_parts(overrides: Mapping[str, Any]) -> list[str]:
     """What each override adds to a study's name: `lr0.05`."""
-    return [f"{name.replace('_', '')}{spelt(value)}" for name, value in sorted(overrides.items())]
+    values = {name: short_name(value) if name == "dataset" else value for name, value in overrides.items()}
+    return [f"{name.replace('_', '')}{spelt(value)}" for name, value in sorted(values.items())]
 
 
 def spelt(value: Any) -> str:
-    """A field's value in names, tables and figures: `0.05`, `250-375`, or `all` images."""
-    return "all" if value is None else "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    """A field's value in names, tables and figures: `0.05`, `250-375`, `all` images, `none` of the milestones."""
+    if isinstance(value, list | tuple):
+        return "-".join(map(str, value)) or "none"
+    return "all" if value is None else str(value)
 
 
 def matches_protocol(shared: Mapping[str, Any], protocol: str) -> bool:

@@ -17,9 +17,10 @@ from degrade.config import BOTTLENECKS, RunConfig, blocks_of
 from degrade.data import Splits, Stream, in_memory
 from degrade.data.plan import SamplePlan
 from degrade.errors import Failure
+from degrade.nets import make_net
 from degrade.store import Run, Study
 from degrade.train import Training, training_batch
-from degrade.weights import Trained, make_net
+from degrade.weights import Trained
 
 CALIBRATION_BATCHES = 50
 MARGIN = 0.005  # training error that is half a point higher has left the solution
@@ -102,7 +103,10 @@ def _blocks_added(deep: RunConfig, shallow: RunConfig) -> int | list[int]:
 
 
 def training_batches(config: RunConfig, splits: Splits, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The first batches that a run of this configuration trains on, augmented: (B, 3, H, W) and labels (B,)."""
+    """The first batches that a run of this configuration trains on, augmented: (B, 3, H, W) and labels (B,).
+
+    Of images on the disk it is a subset in memory, and the middles of images.
+    """
     splits = replace(splits, train=in_memory(splits.train, config.split_seed))
     plan = SamplePlan(len(splits.train), config.batch_size, config.seed, config.augment)
     return [training_batch(splits, plan.batch(step), config.padding) for step in range(count)]
@@ -138,10 +142,14 @@ def begin(study: Study, config: RunConfig, trained: Trained, splits: Splits) -> 
         config: of the run; its `init` names the shallow one, which it is deeper than, or as deep as (the control).
         trained: the shallow net.
         splits: the run's images.
+
+    Raises:
+        Failure: another process has the run.
     """
     study.create([config])
-    folder = study.folder / config.run_id / store.CHECKPOINTS
-    with commit.hold(folder.parent / store.LOCK):
+    (run,) = study.find([config])
+    folder = run.folder / store.CHECKPOINTS
+    with commit.hold_or_fail(run.folder / store.LOCK):
         if commit.checkpoints(folder):
             return
         training = Training(config, splits)

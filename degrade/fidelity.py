@@ -27,13 +27,6 @@ class Departure(NamedTuple):
     kind: str
 
 
-# Fields that name a run of the study, or which images a subset holds: not part of any published protocol.
-NOT_PROTOCOL = ("block", "depth", "seed", "split_seed")
-
-# Fields whose published value is open: they change the text of an assumed choice.
-OPEN = ("val_images", "decay", "padding", "bn_batch_size")
-
-
 def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 

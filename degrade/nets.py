@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from degrade.config import BLOCKS, BOTTLENECKS, SHORTCUTS, blocks_of
+from degrade.config import BLOCKS, BOTTLENECKS, SHORTCUTS, RunConfig, blocks_of
 
 
 class PadShortcut(nn.Module):
@@ -308,6 +308,19 @@ def _checked(stem: str, family: str, depth: int, block: str, width: int, shortcu
 
 
 FAMILIES = {"cifar": cifar_net, "imagenet": imagenet_net}
+
+
+def make_net(config: RunConfig) -> Net:
+    """The net of a configuration, initialised as `config.init` says; BN without the counter that nobody reads."""
+    net = FAMILIES[config.family](
+        config.depth, config.block, width=config.width, shortcut=config.shortcut, num_classes=config.num_classes
+    )
+    if config.init == "zero-gamma":
+        zero_gamma(net)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_batches_tracked = None  # it costs a kernel a layer
+    return net
 
 
 def parameter_count(net: nn.Module) -> int:

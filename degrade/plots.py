@@ -229,8 +229,9 @@ def draw_curves(epochs: "pd.DataFrame") -> Figure:
 def curves(ax: Axes, epochs: "pd.DataFrame", block: str) -> Axes:
     """Draw error v step of every depth of `block`: mean over seeds, training thin and dashed, test bold.
 
-    The band runs from the lowest to the highest seed of the test error. A diverged run stays at chance from
-    its last epoch on; otherwise a step is drawn where every seed has it.
+    The band runs from the lowest to the highest seed of the test error. Of imported runs the last training error is
+    drawn alone: it was measured here, on clean images, whatever the log before it is of. A diverged run stays at
+    chance from its last epoch on; otherwise a step is drawn where every seed has it.
 
     Args:
         ax: to draw on.
@@ -240,6 +241,7 @@ def curves(ax: Axes, epochs: "pd.DataFrame", block: str) -> Axes:
     depths = sorted(epochs["depth"].unique())
     colours = matplotlib.colormaps["viridis"]
     of_block = epochs[epochs["block"] == block]
+    imported = bool(epochs["imported"].iloc[0])
     for i, depth in enumerate(depths):
         runs = of_block[of_block["depth"] == depth]
         if runs.empty:
@@ -248,13 +250,19 @@ def curves(ax: Axes, epochs: "pd.DataFrame", block: str) -> Axes:
         test, train = _by_step(runs, "test_error"), _by_step(runs, "train_error")
         ax.fill_between(test.index, test.min(axis=1), test.max(axis=1), color=colour, alpha=0.15, linewidth=0)
         ax.plot(test.index, test.mean(axis=1), color=colour, linewidth=2, label=f"{depth} layers")
-        ax.plot(train.index, train.mean(axis=1), color=colour, linewidth=0.9, linestyle="--")
+        mean = train.mean(axis=1)
+        if imported:  # the last is of clean images, and no point of the log's curve
+            ax.plot(mean.index[-1:], mean[-1:], "x", color=colour, markersize=6, zorder=3)
+            mean = mean[:-1]
+        ax.plot(mean.index, mean, color=colour, linewidth=0.9, linestyle="--")
     for label, width, style in (
         ("test error", 2, "-"),
         ("training error", 0.9, "--"),
         ("learning rate / 10", 0.8, ":"),
     ):
         ax.plot([], [], color="0.4", linewidth=width, linestyle=style, label=label)
+    if imported:
+        ax.plot([], [], "x", color="0.4", markersize=6, label="training error of clean\nimages, measured here")
     if _several_seeds(epochs):
         ax.fill_between([], [], [], color="0.4", alpha=0.25, linewidth=0, label="test error, lowest\nto highest seed")
     for milestone in epochs["milestones"].iloc[0]:

@@ -35,10 +35,10 @@ from degrade.data.plan import Batch, SamplePlan, normalise
 from degrade.engine.process import set_precision
 from degrade.errors import Failure
 from degrade.evaluate import evaluation_batch
-from degrade.nets import FAMILIES, Net, zero_gamma
+from degrade.nets import FAMILIES, Net, make_net
 from degrade.store import Run, Study, read_json, to_json
 from degrade.train import load_splits, training_batch
-from degrade.weights import Trained, load_weights, make_net
+from degrade.weights import Trained, load_weights
 
 OF_FRESH_NETS = ("responses", "gradients", "landscape")  # the others need a net that is better than chance
 IMAGES = {"responses": 1000, "gradients": 512, "lesion": 1000, "landscape": 1000}  # bn, ten-crop: all
@@ -512,17 +512,6 @@ def some(images: Images | Stream, count: int, config: RunConfig, mean: Tensor) -
     return images.take(chosen).to(mean.device)
 
 
-def final_weights(run: Run, mean: Tensor) -> Trained:
-    """
-    Raises:
-        Failure: they are not there, or are damaged.
-    """
-    trained = load_weights(run, mean)
-    if trained.step != run.config.steps:
-        raise Failure(f"{run.folder}: the weights of its last step are damaged; degrade check looks closer")
-    return trained
-
-
 def steps_of(run: Run, mean: Tensor) -> list[Trained]:
     """The nets of a run whose gradients are measured: the fresh one, unless it starts from another run's weights;
     those at the steps that `degrade sweep --snapshots` was told to keep; and the trained one of its last step.
@@ -534,7 +523,7 @@ def steps_of(run: Run, mean: Tensor) -> list[Trained]:
     """
     begin = [fresh(run.config, mean)] if run.config.init in INITS else []
     kept = [load_weights(run, mean, path) for path in reversed(commit.checkpoints(run.folder / store.SNAPSHOTS))]
-    last = final_weights(run, mean)
+    last = load_weights(run, mean)
     return [*begin, *(net for net in kept if net.step < last.step), last]
 
 
@@ -551,8 +540,6 @@ def fresh(config: RunConfig, mean: Tensor) -> Trained:
         raise Failure(f"{config.run_id} does not start from a fresh initialisation")
     torch.manual_seed(config.seed)
     net = make_net(config)
-    if config.init == "zero-gamma":
-        zero_gamma(net)
     sha256 = hashlib.sha256()
     for tensor in net.state_dict().values():
         sha256.update(tensor.contiguous().numpy().tobytes())

@@ -19,26 +19,18 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from degrade.config import BLOCKS, matches_protocol, short_name
+from degrade import store
+from degrade.config import BLOCKS, PROBES, matches_protocol, short_name
 from degrade.plots import COLOURS, MARKERS
-from degrade.store import PROBES, Study
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TABLES = (
-    "responses",
-    "gradients",
-    "lesion",
-    "landscape",
-    "bn",
-    "ten-crop",
-)  # probes, as `degrade.probe` has them, which needs torch
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
 GREY = "0.4"
 
 
-def of_study(study: Study) -> tuple[dict[str, Figure], list[str]]:
+def of_study(study: store.Study) -> tuple[dict[str, Figure], list[str]]:
     """The figures of all that was probed of a study, by name, and a line for each table that is damaged."""
     import pandas as pd
 
@@ -47,8 +39,8 @@ def of_study(study: Study) -> tuple[dict[str, Figure], list[str]]:
     about = f"{study.name}: {short_name(study.shared['dataset'])}, {protocol}, {width}"
     drawn: dict[str, Figure] = {}
     damaged = []
-    for probe in TABLES:
-        path = study.folder / PROBES / f"{probe}.csv"
+    for probe in PROBES:
+        path = study.folder / store.PROBES / f"{probe}.csv"
         if not path.exists():
             continue
         try:

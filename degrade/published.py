@@ -11,6 +11,7 @@ import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +24,10 @@ from degrade.data.images import Images
 from degrade.errors import Failure
 from degrade.evaluate import evaluate
 from degrade.log import Epoch, to_csv
-from degrade.nets import Block, Net, PreActivation
+from degrade.nets import Block, Net, PreActivation, make_net
 from degrade.provenance import environment
 from degrade.store import Run, Study
-from degrade.weights import is_safetensors, make_net, read_tensors
+from degrade.weights import is_safetensors, read_tensors
 
 MEASURES = ("train_loss", "train_error", "test_loss", "test_error")  # that a published log may have
 # The last part of a tensor's name in PyTorch; a BN's four in their order.
@@ -355,7 +356,8 @@ def import_weights(
 ) -> Run:
     """Bring published weights into `study` as a run of their own, and measure them.
 
-    The last row of its log is what they measure here; the rows before are the published log's.
+    The last row of its log is what they measure here; the rows before are the published log's. A run that is there,
+    but without its weights, as when it was published so, is given them back, if they are these very ones.
 
     Args:
         study: of imported runs.
@@ -368,7 +370,7 @@ def import_weights(
 
     Raises:
         ValueError: the file does not hold this net's weights, or the study is another's.
-        Failure: the run is there already.
+        Failure: the run is there already, with weights or of others.
     """
     tensors = state_dict(read_tensors(data), key)
     own = list(make_net(config).state_dict())
@@ -378,8 +380,16 @@ def import_weights(
         raise ValueError("safetensors keep no order, and its names are not those of degrade export: use a state dict")
     net = fit(config, tensors, std=source.std, zero_channels=source.zero_channels)
     net.to(memory_format=torch.channels_last)
+    file = io.BytesIO()
+    torch.save({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, file)
+    weights = file.getvalue()
+    sha256 = hashlib.sha256(weights).hexdigest()
+    (run,) = study.find([config])
+    if (run.folder / store.LOG).exists():
+        return _bring_back(run, weights, sha256)
     train_loss, train_error = _measure(net, splits.train, splits.mean)
     test_loss, test_error = _measure(net, splits.test, splits.mean)
+    val_loss, val_error = _measure(net, splits.val, splits.mean) if config.val_images else (None, None)
     last = Epoch(
         epoch=config.epochs,
         step=config.steps,
@@ -389,10 +399,11 @@ def import_weights(
         train_error_running=math.nan,
         test_loss=test_loss,
         test_error=test_error,
+        val_loss=val_loss,
+        val_error=val_error,
     )
-    file = io.BytesIO()
-    torch.save({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, file)
-    weights = file.getvalue()
+    unknown = math.nan if config.val_images else None
+    before = [replace(row, val_loss=unknown, val_error=unknown) for row in log[:-1]]
     about = {
         "file": source.file,
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -404,18 +415,33 @@ def import_weights(
         "claimed": {"train_error": source.claimed_train_error, "test_error": source.claimed_test_error},
         "measured": {"train_error": train_error, "test_error": test_error},
         "log": bool(log),
-        "weights": hashlib.sha256(weights).hexdigest(),
+        "weights": sha256,
     }
     study.create([config])
-    folder = study.folder / config.run_id
-    with commit.hold(folder / store.LOCK):
+    (run,) = study.find([config])
+    folder = run.folder
+    with commit.hold_or_fail(folder / store.LOCK):
         if (folder / store.LOG).exists():
-            raise Failure(f"{folder} is there already, and stays as it is; --seed or --study gives this one its own")
+            raise Failure(_there(run))
         commit.write_file(folder / store.WEIGHTS, weights)
         commit.write_file(folder / store.IMPORTED, store.to_json(about))
         commit.write_file(folder / store.ENVIRONMENT, store.to_json(environment("cpu", torch.get_num_threads(), False)))
-        commit.write_file(folder / store.LOG, to_csv([*log[:-1], last], validation=False).encode())
+        rows = to_csv([*before, last], validation=config.val_images > 0)
+        commit.write_file(folder / store.LOG, rows.encode())
     return Run.open(study.name, folder)
+
+
+def _bring_back(run: Run, weights: bytes, sha256: str) -> Run:
+    """Put the weights back into a run that was imported, and published without them."""
+    with commit.hold_or_fail(run.folder / store.LOCK):
+        if (run.folder / store.WEIGHTS).exists() or store.weights_sha256(run.folder) != sha256:
+            raise Failure(_there(run))
+        commit.write_file(run.folder / store.WEIGHTS, weights)
+    return run
+
+
+def _there(run: Run) -> str:
+    return f"{run.folder} is there already, and stays as it is; --seed or --study gives this one its own"
 
 
 def _measure(net: Net, split: Images | Stream, mean: Tensor) -> tuple[float, float]:

@@ -156,8 +156,9 @@ SIDE_BY_SIDE = (
     "with depth."
 )
 IN_OTHERS = (
-    "A panel a data set, each with a scale of its own: only the directions compare. Where the lines of plain nets rise "
-    "to the right in all of them, degradation is no matter of one data set."
+    "A panel a data set: only the directions compare. Where the lines of plain nets rise to the right in all of them, "
+    "degradation is no matter of one data set, as far as they are independent: variants of one (in grey, or smaller) "
+    "are not."
 )
 DRAWN = ("training-error", "curves", "test-error", "gap")  # in the page's order
 
@@ -826,7 +827,7 @@ def commands(study: Study) -> list[str]:
 
 
 def _flag(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return ",".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)
 
 
 def _grids(runs: Iterable[Run]) -> list[tuple[str, str, str]]:

@@ -50,17 +50,17 @@ def to_json(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, advice: str = "restore it") -> dict[str, Any]:
     """
     Raises:
-        Failure: the file is not a JSON object.
+        Failure: the file is not a JSON object; the message ends with the `advice`.
     """
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise Failure(f"{path} is not JSON: {error}; restore it, or delete its folder and sweep again") from None
+        raise Failure(f"{path} is not JSON: {error}; {advice}") from None
     if not isinstance(values, dict):
-        raise Failure(f"{path} is not a JSON object")
+        raise Failure(f"{path} is not a JSON object; {advice}")
     return values
 
 
@@ -86,9 +86,9 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
     Raises:
         Failure: the file is damaged.
     """
-    path = folder / IDENTITY
+    path, again = folder / IDENTITY, "delete it, and the same command writes it again"
     try:
-        values = read_json(path)
+        values = read_json(path, again)
     except FileNotFoundError:
         return None
     values = {"scratch": None, "finding": ""} | values
@@ -104,7 +104,7 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
     except (KeyError, TypeError):
         sound = False
     if not sound:
-        raise Failure(f"{path} is not as degrade identity wrote it; delete it, and the same command writes it again")
+        raise Failure(f"{path} is not as degrade identity wrote it; {again}")
     return values
 
 
@@ -132,11 +132,12 @@ class Run:
         Raises:
             Failure: its config.json is unreadable, or is not the one the run id was made from.
         """
-        values = read_json(folder / CONFIG)
+        again = "restore it, or delete its folder and sweep again"
+        values = read_json(folder / CONFIG, again)
         try:
             config = RunConfig.from_dict(values)
         except ValueError as error:
-            raise Failure(f"{folder / CONFIG}: {error}; restore it, or delete its folder and sweep again") from None
+            raise Failure(f"{folder / CONFIG}: {error}; {again}") from None
         if (identity := run_id(values)) != folder.name:
             raise Failure(f"{folder / CONFIG} was edited, or its folder renamed: it belongs to {identity}")
         return cls(study, folder, config, glance=glance)

@@ -30,7 +30,7 @@ from degrade.execute.local import execute
 from degrade.execute.remote import Engine, execute_elsewhere
 from degrade.execute.slurm import may_begin
 from degrade.log import Epoch, to_csv
-from degrade.nets import FAMILIES
+from degrade.nets import make_net
 from degrade.provenance import Clock, Provenance, code
 from degrade.store import Run, Study
 from degrade.train import Training, load_splits
@@ -205,7 +205,7 @@ def training_flops(config: RunConfig) -> float:
     from torch.utils.flop_counter import FlopCounterMode  # which brings triton along
 
     with torch.device("meta"):
-        net = FAMILIES[config.family](config.depth, config.block, width=config.width, shortcut=config.shortcut).eval()
+        net = make_net(config).eval()
         with FlopCounterMode(display=False) as counter:
             net(torch.empty(1, 3, config.image_size, config.image_size))
     forward: int = counter.get_total_flops()
@@ -472,6 +472,7 @@ def _train_run(task: Task, device: str, lock: commit.Lock, group: Group) -> Iter
 
     interval = commit_interval(device) if task.commit_seconds is None else task.commit_seconds
     committed = reported = time.monotonic()
+    kept: int | None = None  # the step of the last snapshot: a step has several turns where an evaluation follows
     with ThreadPoolExecutor(1, "writer") as writer:
         writing: deque[Future[None]] = deque()
         for epoch in training:
@@ -481,11 +482,12 @@ def _train_run(task: Task, device: str, lock: commit.Lock, group: Group) -> Iter
                 last = epoch
             while writing and writing[0].done():
                 writing.popleft().result()  # or its error
+            if training.step in task.snapshots and training.step != kept and not epoch:  # before any commit of it
+                writing.append(writer.submit(_keep, lock, training.step, training.snapshot(), len(training.epochs)))
+                kept = training.step
             if now - committed >= interval and len(writing) < (2 if epoch else 1):  # however slow the disk
                 writing.append(submit())
                 committed = now
-            if training.step in task.snapshots and not epoch:  # after the update, not again after the epoch it ends
-                writing.append(writer.submit(_keep, lock, training.step, training.snapshot(), len(training.epochs)))
             if epoch or now - reported >= REPORT_SECONDS:
                 yield Progress(training.step, last)
                 reported = now

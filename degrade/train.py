@@ -28,7 +28,7 @@ from degrade.engine.process import autocast, send, set_precision
 from degrade.engine.queue import make_queue
 from degrade.evaluate import Evaluation
 from degrade.log import Epoch, from_csv, to_csv
-from degrade.nets import FAMILIES, Block, zero_gamma
+from degrade.nets import Block, make_net
 
 
 def train(config: RunConfig, *, data_dir: Path | None = None, device: str = "cpu") -> Iterator[Epoch]:
@@ -107,19 +107,7 @@ class Training:
         config, device = self.config, self.device
         set_precision(config.precision)
         torch.manual_seed(config.seed)
-        net = FAMILIES[config.family](
-            config.depth,
-            config.block,
-            width=config.width,
-            shortcut=config.shortcut,
-            num_classes=self.splits.num_classes,
-        )
-        if config.init == "zero-gamma":
-            zero_gamma(net)
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.num_batches_tracked = None  # nobody reads it, and it costs a kernel a layer
-        self.net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net = make_net(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compiled:
             compile_modules(self.net, Block)
         self.shared_net = self.group.wrap(self.net)

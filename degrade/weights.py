@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from degrade import commit, store
 from degrade.config import RunConfig
 from degrade.errors import Failure
-from degrade.nets import FAMILIES, Net
+from degrade.nets import Net, make_net
 from degrade.store import Run
 from degrade.train import read_state
 
-SAFETENSORS = "safetensors is not installed; pip install 'degrade[safetensors]' brings it"
+SAFETENSORS = "safetensors is not installed; pip install safetensors brings it"
 
 
 class Trained(NamedTuple):
@@ -63,10 +63,8 @@ def load_weights(run: Run, mean: Tensor, path: Path | None = None) -> Trained:
     """
     paths = [path] if path else [there for _, there in reversed(recorded(run))]
     if not paths:
-        raise Failure(
-            f"{run.folder} has no weights ({run.status}): no checkpoint and no {store.WEIGHTS}; "
-            "make it again with another --out"
-        )
+        again = "import it again, which puts them back" if run.imported else "make it again with another --out"
+        raise Failure(f"{run.folder} has no weights ({run.status}): no checkpoint and no {store.WEIGHTS}; {again}")
     problems = []
     for there in paths:
         try:
@@ -99,21 +97,6 @@ def _load(run: Run, mean: Tensor, path: Path) -> Trained:
         tensor.copy_(tensors[name])
     net.to(mean.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Trained(net.eval(), run.config, step, sha256, mean)
-
-
-def make_net(config: RunConfig) -> Net:
-    """The net of a configuration, as `Training` makes it."""
-    net = FAMILIES[config.family](
-        config.depth,
-        config.block,
-        width=config.width,
-        shortcut=config.shortcut,
-        num_classes=config.num_classes,
-    )
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.num_batches_tracked = None
-    return net
 
 
 def is_safetensors(data: bytes) -> bool:
@@ -157,8 +140,14 @@ def export_weights(trained: Trained, run: Run, target: Path, *, half: bool = Fal
         The two files.
 
     Raises:
-        Failure: one of them is there already, or safetensors is wanted and not installed, or float16 cannot hold them.
+        Failure: one of them is there already, safetensors is wanted and not installed, float16 cannot hold the
+            weights, or `target` is the run's own weights.pt and they are not of its last step.
     """
+    if target.resolve() == run.folder.resolve() / store.WEIGHTS and trained.step != run.config.steps:
+        raise Failure(
+            f"{target} stands in for the weights of the last step, {run.config.steps:,}; these are of "
+            f"{trained.step:,}: export them elsewhere"
+        )
     dtype = torch.float16 if half else torch.float32
     tensors = {name: tensor.cpu().to(dtype).contiguous() for name, tensor in trained.net.state_dict().items()}
     if half and not all(tensor.isfinite().all() for tensor in tensors.values()):

@@ -2,8 +2,10 @@
 # The whole argument at the paper's scale, without training it anew: published weights, imported, deepened and probed.
 #
 # Command:   sh experiments/a-martyn.sh WEIGHTS RESULTS
-#            WEIGHTS: a folder with plainnet20.pt, plainnet20.csv, ..., resnet56.pt, resnet56.csv of
-#            https://github.com/a-martyn/resnet (commit a977915, BSD-3-Clause)
+#            WEIGHTS: a folder with plainnet20.pt, plainnet20.csv, ..., resnet56.pt, resnet56.csv: copies of
+#            pretrained/*.pt and results/*.csv (not of results/a/, which is another run) of
+#            https://github.com/a-martyn/resnet (commit a977915, BSD-3-Clause).
+#            RESULTS: a folder; with that of this repository, its nets are given their weights back
 # Expected:  test errors as published: plain 9.69, 10.04, 11.56, 13.07 %; residual 8.04, 7.79, 7.51, 7.46 %
 # Source:    their logs; He et al. 2015, sections 1 and 4.2, for the construction and the responses; Veit et al. 2016
 #            (arXiv:1605.06431), Balduzzi et al. 2017 (arXiv:1702.08591), Li et al. 2018 (arXiv:1712.09913)

@@ -12,7 +12,7 @@ from conftest import micro
 
 from degrade import commit, store
 from degrade.check import check
-from degrade.config import run_id
+from degrade.config import RunConfig, run_id
 from degrade.provenance import Clock, Provenance
 from degrade.store import Run, Study, to_json
 from degrade.sweep import Task, _commit, train_run
@@ -412,6 +412,17 @@ def test_a_run_of_another_study_is_named_with_the_difference(cli, study, data_di
     result = cli("check", study, "--repair")
     assert said(result)[str(moved / store.CONFIG)] == "is of another study: lr 0.02 there, 0.5 here"
     assert files(study) == before
+
+
+def test_a_run_of_the_other_family_of_nets_is_named_and_hides_no_other(cli, study):
+    config = RunConfig(block="plain", depth=18, seed=0, dataset="imagenet:x:100+10:2:64:0123456789ab")
+    other = Study(study.parent / "other", "other", "paper", config.shared())
+    other.create([config])
+    moved = shutil.copytree(find(study, "done config.json").parent, other.folder / RUNS["done"].run_id)
+    result = cli("check", study.parent)
+    assert result.exit_code == 1
+    assert said(result)[str(moved / store.CONFIG)].startswith("is of another study: ")
+    assert f"{study}: 2 runs" in result.stdout
 
 
 def test_a_run_under_way_is_left_alone_and_counted(cli, study):

@@ -640,6 +640,13 @@ class TestWidth:
         assert third == f"results/{'x' * 40} is there"
 
 
+def test_a_name_between_colons_means_itself(cli, tmp_path):
+    """rich takes it for an emoji otherwise."""
+    config = smoke(dataset="folder:dog:40+20:2:32:0123456789ab", train_images=20, test_images=10)
+    write_run(tmp_path / "s", config, [(0.5, 0.5)])
+    assert "s: folder:dog:40+20:2:32:0123456789ab, protocol smoke" in cli("show", tmp_path).stdout
+
+
 def test_ctrl_c_while_modules_are_imported_is_no_traceback():
     script = (
         "import importlib.abc, os, signal, sys\n"

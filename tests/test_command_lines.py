@@ -101,7 +101,7 @@ FIELDS = {
     "--augment": ["crop", "none", "flip"],
     "--image-size": ["32", "7", "x"],
     "--protocol": ["paper", "short", "demo", "smoke", "fast"],
-    "--milestones": ["3", "12,18", "18,12", "-1"],
+    "--milestones": ["3", "12,18", "18,12", "-1", "none"],
     "--decay": ["all", "conv", "none"],
     "--shortcut": ["A", "B", "C", "a"],
     "--init": ["he", "zero-gamma", "identity:plain-8-s0-01234567:0123456789ab", "zeros"],

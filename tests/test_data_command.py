@@ -67,6 +67,20 @@ def test_check_looks_at_what_is_here_or_at_what_is_named(cli, flowers, tmp_path)
         assert (result.exit_code, "rose/00.png" in result.stderr) == (1, True)
 
 
+def test_a_damaged_cache_is_found_and_decoded_again(cli, flowers, tmp_path):
+    where = ("--data-dir", tmp_path / "data")
+    assert cli("data", "fetch", f"folder:{flowers}", *where).exit_code == 0
+    (cache,) = (tmp_path / "data").glob("folder-flowers-*.npz")
+    sound = cache.read_bytes()
+    cache.write_bytes(sound[:5000] + bytes([sound[5000] ^ 1]) + sound[5001:])
+    for names in ([], [f"folder:{flowers}"]):
+        told = cli("data", "check", *names, *where)
+        assert (told.exit_code, "are damaged in" in told.stderr) == (1, True), told
+    assert cli("data", "fetch", f"folder:{flowers}", *where).exit_code == 0
+    assert cli("data", "check", f"folder:{flowers}", *where).exit_code == 0
+    assert cache.read_bytes() == sound
+
+
 def test_a_sweep_on_one_s_own_images_names_no_path(cli, flowers, tmp_path):
     out, where = tmp_path / "out", ("--data-dir", tmp_path / "data")
     result = cli("sweep", "--dataset", f"folder:{flowers}", *SMALL, *where, "--out", out, "--image-size", "16")

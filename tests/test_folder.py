@@ -279,7 +279,7 @@ class TestCache:
     def test_missing(self, images, cache):
         prepared = prepare(images, cache)
         folder.cache(prepared.dataset, cache).unlink()
-        with pytest.raises(Failure, match="is not in"):
+        with pytest.raises(Failure, match="are not in"):
             data.fetch(prepared.dataset, cache)
         assert data.state(prepared.dataset, cache) == "no"
         assert prepare(images, cache) == prepared

@@ -134,6 +134,19 @@ class TestSweep:
         assert sorted(map(sorted, timed)) == [[(2, 0.1), (2, 0.2)], [(3, 0.1), (3, 0.2)]]
 
 
+def test_a_grid_of_folders_of_images(cli, tmp_path, monkeypatch):
+    """They are called what the folders are; two of one name are refused before anything is trained."""
+    monkeypatch.setattr(bench, "estimate", lambda configs, _: {config.run_id: 60.0 for config in configs})
+    one, other = (f"folder:flowers:40+20:2:32:0123456789a{digit}" for digit in "bc")
+    base = ["sweep", "--protocol", "smoke", "--depths", "8", *SMALL, "--out", tmp_path / "results", "--dry-run"]
+    result = cli(*base, "--grid", f"dataset=shapes,{one}", "--study", "s")
+    assert result.exit_code == 0, result
+    assert "s-datasetflowers" in result.stdout
+    for named in ([], ["--study", "s"]):
+        result = cli(*base, "--grid", f"dataset={one},{other}", *named)
+        refused(result, "two studies of the grid would be called ", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

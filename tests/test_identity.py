@@ -1,6 +1,7 @@
 """The construction argument, as code: the deeper net is no worse, by construction and by the bit."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +244,20 @@ class TestCommand:
             assert "is of plain-14 from plain-8-s0-" in told.stderr
         assert (results / "x" / store.IDENTITY).read_bytes() == before
 
+    @pytest.mark.parametrize("options", [[], ["--steps", "4"]])
+    def test_a_study_that_was_trained_from_scratch_holds_none(self, results, cli, options):
+        told = cli("identity", shallow(results, "plain"), "--depth", "14", "--study", "study", *options)
+        assert (told.exit_code, told.stderr.count("\n")) == (2, 1)
+        assert "init he there, identity:" in told.stderr
+        assert not (results / "study" / "identity.json").exists()
+
+    def test_a_run_that_another_process_has_is_a_line(self, results, cli):
+        run = construction_run(results, cli)
+        with commit.hold(run / store.LOCK):
+            told = cli("identity", shallow(results, "plain"), "--depth", "14", "--steps", "4")
+        assert (told.exit_code, told.stderr.count("\n")) == (1, 1)
+        assert f"held by process {os.getpid()}" in told.stderr
+
     def test_a_damaged_record_is_named(self, results, cli):
         construction_run(results, cli)
         path = results / "study-identity-plain-8-14-s0" / store.IDENTITY
@@ -250,7 +265,12 @@ class TestCommand:
             path.write_text(content)
             told = cli("identity", shallow(results, "plain"), "--depth", "14", "--steps", "4")
             assert (told.exit_code, told.stderr.count("\n")) == (1, 1), content
-            assert str(path) in told.stderr
+            assert f"{path} is not" in told.stderr
+            assert "delete it, and the same command writes it again" in told.stderr
+        assert f"{path}\n" in cli("check", results).stdout
+        told = cli("report", results)
+        assert (told.exit_code, str(path) in told.stderr) == (1, True)
+        assert "identity.json is not JSON" in (results / "report.md").read_text()
 
     def test_weights_before_the_last_step_are_not_taken_for_the_last(self, results, cli):
         folder = shallow(results, "plain") / store.CHECKPOINTS

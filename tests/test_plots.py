@@ -78,6 +78,18 @@ def test_the_curves_of_fig_6(epochs):
     assert milestones == {12, 18}
 
 
+def test_the_last_training_error_of_imported_runs_is_no_point_of_their_logs_curve(epochs):
+    figure = plots.figures(epochs.assign(imported=True))["curves"]
+    plain, _ = figure.axes
+    thin = [line for line in plain.get_lines() if line.get_linestyle() == "--"]
+    assert any(np.allclose(line.get_xydata(), [[12, 0.9]]) for line in thin if len(line.get_xdata()))
+    alone = [line for line in plain.get_lines() if line.get_marker() == "x" and len(line.get_xdata())]
+    assert any(np.allclose(line.get_xydata(), [[24, 0.61]]) for line in alone)
+    assert "measured here" in texts(figure)
+    bold = next(line for line in plain.get_lines() if line.get_label() == "14 layers")
+    assert len(bold.get_xdata()) == 2
+
+
 def test_each_figure_names_its_measure_and_seeds(epochs):
     for name, figure in plots.figures(epochs).items():
         assert "3 seeds" in texts(figure)

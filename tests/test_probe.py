@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import micro
 
-from degrade import commit, probe, probe_plots, store, sweep
+from degrade import commit, probe, store, sweep
 from degrade.analysis.landscape import landscape_rows
 from degrade.analysis.lesion import lesion_rows
 from degrade.errors import Failure
@@ -206,8 +206,32 @@ def test_weights_that_change_after_the_plan_was_made_are_not_measured_for_the_ot
     assert not (study.folder / "probes" / "responses.csv").exists()
 
 
-def test_figures_are_sought_of_all_probes():
-    assert probe_plots.TABLES == probe.PROBES
+def test_check_looks_at_what_was_probed(study, data_dir, cli):
+    finish(study, asked(study, "responses", "bn"), data_dir)
+    folder = study.folder / "probes"
+    table, part = folder / "responses.csv", next((folder / "responses").glob("plain-*.csv"))
+    told = cli("check", study.folder)
+    assert (told.exit_code, "nothing wrong" in told.stdout) == (0, True), told
+    for path, text, problem in (
+        (table, "", "the header is not degrade's"),
+        (table, table.read_text().replace("plain,8,0", "plain,8,1", 1), "row 1 is not degrade's"),
+        (table, table.read_text() + "junk", "is not degrade's"),
+        (table, table.read_text()[:-1], "is not degrade's"),
+        (table, table.read_text().replace(",conv,0,", ",conv,1,"), f"is not of its part {part.stem}; degrade probe"),
+        (part, part.read_text()[:-1], "is not what was measured; degrade probe measures it anew"),
+        (part.with_suffix(".json"), "[]", "is not a JSON object; degrade probe measures it anew"),
+    ):
+        before = path.read_bytes()
+        path.write_text(text)
+        told = cli("check", study.folder)
+        assert told.exit_code == 1, problem
+        assert f"{path}\n" in told.stdout
+        assert problem in told.stdout
+        with commit.hold(folder / store.LOCK):  # who probes writes one after the other
+            assert cli("check", study.folder).exit_code == 0
+        path.write_bytes(before)
+    shutil.rmtree(folder / "responses")  # parts stay out of git
+    assert cli("check", study.folder).exit_code == 0
 
 
 def test_what_is_measured(study, data_dir):

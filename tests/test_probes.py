@@ -18,7 +18,7 @@ from degrade.analysis.statistics import bn_rows, recalibrated
 from degrade.data.images import Images
 from degrade.data.plan import normalise
 from degrade.evaluate import evaluate
-from degrade.nets import cifar_net
+from degrade.nets import cifar_net, imagenet_net
 
 BLOCKS = ["plain", "residual", "preact"]
 GENERATOR = torch.Generator().manual_seed(1)
@@ -134,6 +134,14 @@ def test_responses_by_hand(block, shortcut, batch_statistics):
     assert [row["stage"] for row in rows] == [0] + [1] * 4 + [2] * 4 + [3] * 4
     assert [row["name"] for row in rows][:4] == ["conv", "stages.0.0.conv1", "stages.0.0.conv2", "stages.0.1.conv1"]
     assert rows[-1]["name"] == "stages.2.1.conv2"
+
+
+def test_stages_and_changes_of_shape_in_the_nets_of_imagenet():
+    net = imagenet_net(50, "residual", width=4, shortcut="B").eval()
+    stages = [row["stage"] for row in responses(net, IMAGES[:8], MEAN, batch_statistics=True)]
+    assert stages == [0] + [1] * 9 + [2] * 12 + [3] * 18 + [4] * 9
+    alone = list(lesion(net, IMAGES[:8], LABELS[:8], MEAN, seed=0, counts=()))[1:]
+    assert [i for i, row in enumerate(alone) if row["changes_shape"]] == [0, 3, 7, 13]
 
 
 def test_the_statistics_of_a_net_that_diverged_do_not_matter_to_those_of_a_batch():

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import degrade
-from degrade import store
-from degrade.config import RunConfig
+from degrade import commit, store
+from degrade.config import RunConfig, run_id
 from degrade.data import load
 from degrade.errors import Failure
 from degrade.evaluate import evaluate
@@ -563,6 +563,58 @@ class TestCommands:
         assert (told.exit_code, told.stderr.count("\n")) == (code, 1), told
         assert rule in told.stderr
         assert not Path("results/new").exists()
+
+    def test_weights_of_another_step_never_stand_in_for_the_last_ones(self, trained):
+        early = load_weights(trained, torch.zeros(3, 32, 32))._replace(step=8)
+        with pytest.raises(Failure, match="stands in for the weights of the last step, 24; these are of 8"):
+            export_weights(early, trained, trained.folder / "weights.pt")
+        assert not [*trained.folder.glob("weights.pt*")]
+
+    def test_a_run_that_was_published_without_its_weights_is_given_them_back(self, trained, cli):
+        """Under the run id of an older version of degrade, too, whose configuration had fewer fields."""
+        assert cli("export", trained.folder, "--to", "net.pt").exit_code == 0
+        assert cli("import", "net.pt", *IMPORT, "--study", "new").exit_code == 0
+        (folder,) = Path("results/new").glob("residual-8-*")
+        config, weights = json.loads((folder / "config.json").read_text()), (folder / "weights.pt").read_bytes()
+        del config["augment"]
+        old = folder.rename(folder.with_name(run_id(config)))
+        (old / "config.json").write_bytes(store.to_json(config))
+        (old / "weights.pt").unlink()
+        told = cli("export", old, "--to", "again.pt")
+        assert "import it again, which puts them back" in told.stderr
+        told = cli("import", "net.pt", *IMPORT, "--study", "new")
+        assert told.exit_code == 0, told
+        assert (old / "weights.pt").read_bytes() == weights
+        assert [*Path("results/new").glob("residual-8-*")] == [old]
+        (old / "weights.pt").unlink()
+        tensors = torch.load("net.pt", weights_only=True)
+        torch.save(tensors | {"linear.bias": tensors["linear.bias"] + 1}, "other.pt")
+        for file, code in (("other.pt", 1), ("net.pt", 0), ("net.pt", 1)):
+            told = cli("import", file, *IMPORT, "--study", "new")
+            assert told.exit_code == code, told
+            assert ("is there already, and stays as it is" in told.stderr) == bool(code)
+
+    def test_a_validation_split_is_measured_too(self, trained, cli):
+        assert cli("export", trained.folder, "--to", "net.pt").exit_code == 0
+        Path("log.csv").write_text("test_error\n0.9\n0.8\n0.7\n")
+        options = ["--set", "val_images=64", "--log", "log.csv"]
+        assert cli("import", "net.pt", *IMPORT, "--study", "held", *options).exit_code == 0
+        (study,), damaged = degrade.store.find_studies(Path("results/held"))
+        assert damaged == []
+        *before, last = study.runs[0].epochs
+        assert 0 <= last.val_error <= 1
+        assert all(math.isnan(row.val_error) for row in before)
+        assert cli("check", "results/held").exit_code == 0
+
+    def test_a_run_that_another_process_has_is_a_line(self, trained, cli):
+        assert cli("export", trained.folder, "--to", "net.pt").exit_code == 0
+        assert cli("import", "net.pt", *IMPORT, "--study", "new").exit_code == 0
+        (folder,) = Path("results/new").glob("residual-8-*")
+        (folder / "log.csv").unlink()
+        with commit.hold(folder / "lock"):
+            told = cli("import", "net.pt", *IMPORT, "--study", "new")
+        assert (told.exit_code, told.stderr.count("\n")) == (1, 1)
+        assert f"{folder}: held by process {os.getpid()}" in told.stderr
 
     def test_runs_without_weights_cannot_be_exported(self, cli, tmp_path):
         run = write_run(tmp_path / "study", smoke(), [(0.5, 0.5)])

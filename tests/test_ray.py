@@ -458,7 +458,7 @@ def test_without_ray_a_line_says_what_to_install(cli, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     result = cli("sweep", "--depths", 8, "--dataset", "shapes", "--out", tmp_path / "out", "--executor", "ray")
     assert result.exit_code == 2
-    assert result.stderr == "degrade: --executor ray needs Ray: pip install 'degrade[ray]'\n"
+    assert result.stderr == "degrade: --executor ray needs Ray: pip install 'ray[client]>=2.52'\n"
 
 
 def test_no_cluster_at_the_address_is_one_line(data_dir, tmp_path):

@@ -360,6 +360,7 @@ def test_the_same_results_give_the_same_bytes_and_nothing_else_is_written(result
         lambda: ("smoke", [smoke(b, d, s) for b in ("plain", "residual") for d in (8, 14) for s in (0, 3)]),
         lambda: ("smoke", [smoke(*net) for net in (("plain", 8), ("plain", 14), ("plain", 14, 1), ("residual", 8))]),
         lambda: ("smoke", [micro("residual", shortcut="B", decay="conv", lr=0.05, milestones=(2, 4))]),
+        lambda: ("smoke", [micro(milestones=())]),
         lambda: ("paper", [RunConfig(**swept("plain", 20, 0), steps=100, milestones=(50, 75), val_images=5_000)]),
         lambda: ("lost", [RunConfig(**swept("plain", 20, 0), init="zero-gamma", test_images=100)]),
     ],

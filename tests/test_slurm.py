@@ -400,7 +400,7 @@ def test_without_submitit_or_slurm_a_line_says_what_is_missing(cli, tmp_path, mo
     monkeypatch.setitem(sys.modules, "submitit", None)
     result = cli(*arguments)
     assert result.exit_code == 2
-    assert result.stderr == "degrade: --executor slurm needs submitit: pip install 'degrade[slurm]'\n"
+    assert result.stderr == "degrade: --executor slurm needs submitit: pip install 'submitit>=1.5'\n"
 
 
 def test_gpus_are_shared_out(monkeypatch):

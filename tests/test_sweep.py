@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import random
@@ -100,6 +101,27 @@ def test_snapshots_are_the_weights_at_their_steps_however_often_it_was_stopped(d
     assert all(torch.equal(a, b) for a, b in zip(state.net.values(), training.net.state_dict().values(), strict=True))
     assert len(commit.checkpoints(runs[0].folder / store.CHECKPOINTS)) == 2  # nothing else changes
     assert [step for step, _ in recorded(runs[0])][:2] == [5, 8]
+
+
+def test_a_snapshot_is_written_once_and_before_a_checkpoint_says_that_its_step_is_past(data_dir, tmp_path, monkeypatch):
+    from degrade import sweep as module
+
+    run, calls, keep = new_run(tmp_path, smoke()), [], module._keep
+
+    def full_at_first(lock, step, *arguments, **options):
+        calls.append(step)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        keep(lock, step, *arguments, **options)
+
+    monkeypatch.setattr(module, "_keep", full_at_first)
+    job = dataclasses.replace(task(run, data_dir), snapshots=(5, 24), commit_seconds=0.0)
+    with pytest.raises(OSError, match="no space"):
+        list(train_run(job, "cpu"))
+    list(train_run(job, "cpu"))
+    assert calls == [5, 5, 24]
+    names = [path.name for path in (run.folder / store.SNAPSHOTS).iterdir()]
+    assert sorted(int(name.partition("-")[0]) for name in names) == [5, 24]
 
 
 class TestResume:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from degrade.data.plan import random_words
 from degrade.evaluate import evaluate
-from degrade.nets import Net
+from degrade.nets import Bottleneck, Net
 
 LESION = 3  # a stream of the seed, beside those of data/
 COUNTS = (2, 3, 5, 8, 13, 21)
@@ -81,7 +81,8 @@ def lesion(
         skip: rows that are there already; the others are what they would be without it.
     """
     copy = deepcopy(net)
-    shape = [block.conv1.in_channels != block.conv1.out_channels for block in copy.blocks]
+    lasts = [block.conv3 if isinstance(block, Bottleneck) else block.conv2 for block in copy.blocks]
+    shape = [block.conv1.in_channels != last.out_channels for block, last in zip(copy.blocks, lasts, strict=True)]
     for draw, deleted in islice(deletions(len(shape), counts, draws, seed), skip, None):
         loss, error = evaluate(Lesioned(copy, deleted), images, labels, mean)
         yield {

@@ -74,6 +74,6 @@ def responses(net: Net, images: Tensor, mean: Tensor, *, batch_statistics: bool 
     """
     copy = deepcopy(net).train(batch_statistics)  # the running statistics that this changes are the copy's
     names = [*weight_layers(net)][:-1]
-    layers_a_stage = (len(names) - 1) // 3
     for layer, (name, std) in enumerate(zip(names, measure(copy, images, mean), strict=True)):
-        yield {"layer": layer, "name": name, "stage": -(-layer // layers_a_stage), "std": std}
+        stage = int(name.split(".")[1]) + 1 if layer else 0  # of "stages.0.2.conv1"
+        yield {"layer": layer, "name": name, "stage": stage, "std": std}

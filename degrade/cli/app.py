@@ -43,7 +43,7 @@ class Plain(TyperCommand):
             raise
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+        return [re.sub("[{}]", "", piece) for piece in super().collect_usage_pieces(ctx)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -65,7 +65,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
+console = Console(emoji=False)  # a name such as folder:dog:100 means itself
 
 
 def main() -> None:
@@ -202,6 +202,15 @@ def tell(damaged: Sequence[str]) -> int:
     if damaged:
         note("degrade check looks closer")
     return int(bool(damaged))
+
+
+def construction_of(study: store.Study, damaged: list[str]) -> dict[str, Any]:
+    """What `degrade identity` has stored of the study; nothing where it is damaged, which is named then."""
+    try:
+        return store.read_identity(study.folder) or {}
+    except (Failure, OSError) as error:
+        damaged.append(str(error) if isinstance(error, Failure) else f"{error.filename}: {error.strerror}")
+        return {}
 
 
 def epochs_of(results: Path, studies: Sequence[store.Study], damaged: Sequence[str]) -> Any:
@@ -366,14 +375,6 @@ def how(machine: "Machine") -> str:
         return f"{machine.device}, {count(machine.jobs, 'job')}, in each as many runs as fit, {threads} each"
     packed = f" ({machine.pack} to a process)" if machine.pack > 1 else ""
     return f"{machine.device}, {count(machine.jobs * machine.pack, 'run')} at a time{packed}, {threads} each"
-
-
-def check_precision(precision: str, device: str) -> None:
-    from degrade.sweep import has_precision
-
-    if not has_precision(device, precision):
-        where = "a GPU that has it" if precision == "tf32" else "a CPU, or a GPU that has it"
-        raise ValueError(f"precision {precision} needs {where}; device is {device}")
 
 
 def auto(text: str, flag: str) -> int | None:

@@ -9,7 +9,6 @@ from degrade import terminal
 from degrade.cli.app import (
     Plain,
     app,
-    check_precision,
     configs_of,
     console,
     count,
@@ -64,11 +63,11 @@ def bench(
     configs_of(grid, "cifar10", {"precision": precision or "fp32"})
 
     from degrade import bench as timing
-    from degrade import sweep as engine
+    from degrade.machines import Here
 
-    device = engine.resolve_device(device)
-    configs = configs_of(grid, "cifar10", {"precision": precision or engine.default_precision(device)})
-    check_precision(configs[0].precision, device)
+    here = Here()
+    device = here.device(device)
+    configs = configs_of(grid, "cifar10", {"precision": here.precision(device, precision)})
     machine = machine_of(device, configs, jobs, threads, pack, compiled)
     records = []
     for record in timing.measurements(configs, machine):

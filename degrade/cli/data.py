@@ -81,11 +81,18 @@ def fetch(
 
     folder = data_dir or data.default_data_dir()
     for text in dict.fromkeys(datasets):
-        name = dataset_named(text, folder, image_size if ":" in text else None, skip_broken=skip_broken)
+        size = image_size if ":" in text else None
+        name = dataset_named(text, folder, size, skip_broken=skip_broken)
         dataset_of(name)
         if mirror and name not in data.OFFICIAL:
             raise ValueError(f"--mirror is for what is downloaded; {short_name(name)} is not")
-        data.fetch(name, folder, mirror)
+        try:
+            data.fetch(name, folder, mirror)
+        except Failure:
+            if name == text or not name.startswith("folder:"):
+                raise
+            data.folder.cache(name, folder).unlink()  # it is damaged, and the images themselves are here
+            data.fetch(dataset_named(text, folder, size, skip_broken=skip_broken), folder)
         say(f"{short_name(name)}: {data.state(name, folder)}, in {folder}")
 
 
@@ -117,8 +124,10 @@ def check(
             dataset_of(name)
             if name == text:
                 data.check(name, folder)
-            elif text.startswith("imagenet:"):  # those of folder:PATH have all been decoded by now
+            elif text.startswith("imagenet:"):
                 data.imagenet.check_folder(Path(text.removeprefix("imagenet:")).expanduser())
+            elif data.folder.cache(name, folder).is_file():  # else all images have been decoded by now
+                data.check(name, folder)
         except Failure as error:
             wrong += 1
             note(str(error))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from degrade import store
-from degrade.cli.app import Plain, app, say, tell
+from degrade.cli.app import Plain, app, construction_of, say, tell
 from degrade.cli.options import Results, option
 from degrade.errors import Failure
 
@@ -25,6 +25,9 @@ def report(
     studies, damaged = store.find_studies(results)
     if not studies:
         raise Failure(f"nothing is left to read: {damaged[0]}")
+
+    for study in studies:
+        construction_of(study, damaged)
 
     from degrade.report import write_report
 

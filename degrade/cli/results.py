@@ -14,6 +14,7 @@ from degrade import paper, store, terminal
 from degrade.cli.app import (
     Plain,
     app,
+    construction_of,
     count,
     epochs_of,
     leave,
@@ -26,7 +27,6 @@ from degrade.cli.app import (
     tell,
 )
 from degrade.cli.options import FORMATS, Formats, Results, option
-from degrade.errors import Failure
 
 if TYPE_CHECKING:
     from degrade.analysis.verdict import Verdict
@@ -76,7 +76,8 @@ def check(
 ) -> None:
     """Verify every file of every run, and say what is wrong.
 
-    Configurations, checkpoints, logs, what was probed and imported. The exit code is 1 where something is wrong.
+    Configurations, checkpoints, logs, weights, what was imported, constructed and probed. The exit code is 1 where
+    something is wrong.
 
     \b
     Example: degrade check results/
@@ -143,20 +144,11 @@ def plot(
     return tell(damaged)
 
 
-def _construction(study: store.Study, damaged: list[str]) -> dict[str, Any]:
-    """What `degrade identity` has stored of the study; nothing where it is damaged, which is named then."""
-    try:
-        return store.read_identity(study.folder) or {}
-    except (Failure, OSError) as error:
-        damaged.append(str(error) if isinstance(error, Failure) else f"{error.filename}: {error.strerror}")
-        return {}
-
-
 def _identity(study: store.Study, damaged: list[str]) -> dict[str, Any]:
     """The figure of a study that goes on from an identity construction; none of another."""
     from degrade import plots
 
-    record = _construction(study, damaged)
+    record = construction_of(study, damaged)
     if not record:
         return {}
     logs = {run.config.depth: run.epochs for run in study.runs}
@@ -199,7 +191,7 @@ def verdict(
         return tell(damaged)
     for study in studies:
         if study in constructed:
-            say(f"{study.name}: {_construction(study, damaged).get('finding') or FROM_TRAINED}")
+            say(f"{study.name}: {construction_of(study, damaged).get('finding') or FROM_TRAINED}")
         elif study.name not in side_by_side:
             mine = [v for v in alone if v.study == study.name]
             _say_verdicts(study.name, mine, terminal.verdict_table(mine), [study])

@@ -176,7 +176,7 @@ def sweep(
     steps: Annotated[int | None, option("N", "Updates; milestones move to half and 3/4.", **FIELDS)] = None,
     batch_size: Annotated[int | None, option("N", "Images an update.", **FIELDS)] = None,
     lr: Annotated[float | None, option("X", "Learning rate.", **FIELDS)] = None,
-    milestones: Annotated[str | None, numbers_of("Steps at which lr is divided by 10.", **FIELDS)] = None,
+    milestones: Annotated[str | None, numbers_of("Steps at which lr is divided by 10; or none.", **FIELDS)] = None,
     warmup_depth: Annotated[int | None, option("N", "Nets at least this deep warm up.", **FIELDS)] = None,
     warmup_lr: Annotated[float | None, option("X", "Learning rate while warming up.", **FIELDS)] = None,
     warmup_steps: Annotated[int | None, option("N", "Updates of the warm-up.", **FIELDS)] = None,
@@ -247,7 +247,7 @@ def sweep(
         "steps": steps,
         "batch_size": batch_size,
         "lr": lr,
-        "milestones": numbers(milestones, "--milestones"),
+        "milestones": [] if milestones == "none" else numbers(milestones, "--milestones"),
         "warmup_depth": warmup_depth,
         "warmup_lr": warmup_lr,
         "warmup_steps": warmup_steps,
@@ -420,7 +420,7 @@ def _studies(wanted: dict[str, Any], axes: Mapping[str, list[Any]], usual: str =
     """A study for each point of the grid; one where there is none. `usual` is the precision that no name says."""
     if (size := math.prod(map(len, axes.values()))) > MAX_STUDIES:
         raise ValueError(f"a grid must make at most {MAX_STUDIES} studies; got {size:,}")
-    studies = []
+    studies: list[Asked] = []
     for values in product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
         fields = {"dataset": "cifar10", "protocol": "paper", "study": None} | wanted | point
@@ -432,6 +432,8 @@ def _studies(wanted: dict[str, Any], axes: Mapping[str, list[Any]], usual: str =
             name = study_name(dataset, protocol, named)
         else:
             name = "-".join([name, *name_parts(point)])
+        if any(name == other.name for other in studies):
+            raise ValueError(f"two studies of the grid would be called {name}: give the folders of images other names")
         studies.append(Asked(name, dataset, protocol, fields))
     return studies
 
@@ -471,6 +473,8 @@ def _estimate(plans: Sequence[Plan], on: Mapping[Path, "Machine"], there: "Machi
                 config.width,
                 config.shortcut,
                 config.batch_size,
+                config.bn_batch_size,
+                config.augment,
                 config.precision,
             )
             alike.setdefault(key, []).append(config)

@@ -104,7 +104,7 @@ def import_(
     """Bring published weights in as a run, and measure them.
 
     The names in the state dict do not matter. --mean and --std are those of the images that the net was trained on.
-    What is imported stays apart from what is trained here.
+    What is imported stays apart from what is trained here. A run that is there without its weights is given them back.
 
     \b
     Example: degrade import net.pth --block residual --depth 20 --source "me, MIT"
@@ -137,8 +137,9 @@ def import_(
         raise ValueError(f"study {name} holds runs that were trained here; give imported ones another, with --study")
     chosen = there or store.Study(folder, folder.name, protocol, config.shared(), imported=True)
     chosen.check([config])
-    if (folder / config.run_id / store.LOG).exists():
-        leave(f"{folder / config.run_id} is there already, and stays as it is; --seed or --study gives another", 1)
+    (run,) = chosen.find([config])
+    if (run.folder / store.LOG).exists() and (run.folder / store.WEIGHTS).exists():
+        leave(f"{run.folder} is there already, and stays as it is; --seed or --study gives another", 1)
     check_is_one_of(ZERO_CHANNELS, "--zero-channels", zero_channels)
     data = weights.read_bytes()
 
@@ -169,7 +170,7 @@ def import_(
         key=key,
         log=rows,
     )
-    assert run.imported is not None  # it was written just now
+    assert run.imported is not None
     say(f"{run.folder}: {block}-{depth}, imported")
     table = terminal.make_table("error", ">measured here", ">claimed")
     for what, measure in (("training, clean images", "train_error"), ("test", "test_error")):
@@ -235,8 +236,8 @@ def export(
     With --half --to RUN/weights.pt a run can be published without its checkpoints, and still be probed.
 
     \b
-    Example: degrade export results/shapes-demo/plain-20-s0-f8101586
-    Example: degrade export results/shapes-demo/plain-20-s0-f8101586 \\
+    Example: degrade export demo-results/shapes-demo/plain-20-s0-*
+    Example: degrade export demo-results/shapes-demo/plain-20-s0-* \\
       --to net.safetensors
     """
     there = open_run(run)
@@ -307,7 +308,8 @@ def identity(
     chosen = store.Study(folder, folder.name, _protocol(there), base.shared())
     if (folder / store.STUDY).exists() and store.Study.open(folder).runs:
         chosen = store.Study.open(folder)
-        chosen.check([base] if steps else [])
+        theirs = {} if steps else {name: chosen.shared[name] for name in ("steps", "lr")}  # of training on
+        chosen.check([replace(base, **theirs)])
     record = construction.stored(folder, trained, depth)
     if record is None:
         record = construction.prove(trained, there, depth, splits, _track)

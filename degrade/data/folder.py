@@ -102,13 +102,13 @@ def load(dataset: str, data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[Ten
     """
     path = cache(dataset, data_dir)
     if not path.exists():
-        raise Failure(_advice(dataset, f"is not in {data_dir}"))
+        raise Failure(_advice(dataset, f"are not in {data_dir}"))
     try:
         arrays = read_arrays(path, ("train_images", "train_labels", "test_images", "test_labels", "classes"))
     except ValueError as error:
-        raise Failure(_advice(dataset, f"is damaged in {path} ({error})")) from None
+        raise Failure(_advice(dataset, f"are damaged in {path} ({error})")) from None
     if _digest(arrays) != dataset.rpartition(":")[2]:
-        raise Failure(_advice(dataset, f"is damaged in {path}: its checksum is another"))
+        raise Failure(_advice(dataset, f"are damaged in {path}: their checksum is another"))
     train, test = (
         (torch.from_numpy(arrays[f"{split}_images"]), torch.from_numpy(arrays[f"{split}_labels"]))
         for split in ("train", "test")

@@ -1,10 +1,8 @@
 """A store of images: the pixels of each split in one file, mapped into memory, so that nothing is decoded again."""
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from degrade.commit import Held, hold, make_folder, write_file
+from degrade.commit import hold_or_fail, make_folder, write_file
 from degrade.data.images import read_arrays
 from degrade.data.listing import File, first_few, in_parallel, list_images, name_of, rgb
 from degrade.data.stream import Stream
@@ -75,7 +73,7 @@ def pack(path: Path, store: Path, *, short_side: int = 480, skip_broken: bool = 
     notes, checksums, counts = list(listing.notes), {}, []
     if 0 < short_side < 480:
         notes.append(f"crops of 224 pixels are cut from sides of up to 480, to which {short_side} are enlarged")
-    with _alone(store):
+    with hold_or_fail(store / ".lock"):
         for split, files in zip(SPLITS, (listing.train, listing.test), strict=True):
             broken = _pack_split(store, split, files, short_side)
             if broken and not skip_broken:
@@ -94,19 +92,6 @@ def pack(path: Path, store: Path, *, short_side: int = 480, skip_broken: bool = 
         }
         write_file(store / INDEX, json.dumps(about, indent=1).encode())
     return read_index(store), notes
-
-
-@contextlib.contextmanager
-def _alone(store: Path) -> Iterator[None]:
-    """
-    Raises:
-        Failure: another process packs images into this store.
-    """
-    try:
-        with hold(store / ".lock"):
-            yield
-    except Held as error:
-        raise Failure(f"{store}: {error}") from None
 
 
 def _pack_split(store: Path, split: str, files: list[File], short_side: int) -> list[str]:

@@ -26,7 +26,8 @@ def execute(function: Function, items: Sequence[Any], places: Sequence[str], pac
     `function`, the items and what is yielded must be picklable. None is yielded to give up a turn.
 
     Yields:
-        Events of the items, interleaved; for each item "started", any number of "value", then "done" or "failed".
+        Events of the items, interleaved; for each item "started", any number of "value", then "done" or
+        "failed"; or "waiting", where there was no room for it, and it is started again later.
     """
     waiting = deque(enumerate(items))
     if len(places) == 1:

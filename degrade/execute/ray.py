@@ -208,7 +208,7 @@ def join(address: str | None = None, cpus: int | None = None) -> Iterator[Ray]:
             import ray
             from ray.exceptions import AuthenticationError
         except ImportError:
-            raise ValueError("--executor ray needs Ray: pip install 'degrade[ray]'") from None
+            raise ValueError("--executor ray needs Ray: pip install 'ray[client]>=2.52'") from None
         if address not in (None, "auto"):
             _listens(address)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -103,7 +103,7 @@ class Slurm:
         try:
             import submitit  # noqa: F401
         except ImportError:
-            raise ValueError("--executor slurm needs submitit: pip install 'degrade[slurm]'") from None
+            raise ValueError("--executor slurm needs submitit: pip install 'submitit>=1.5'") from None
         if cluster == "slurm" and not shutil.which("sbatch"):
             raise ValueError("--executor slurm needs SLURM's sbatch, which is not on this machine; log in where it is")
         self.at_once = ARRAY  # and the array sees to it that no more than max_jobs run
