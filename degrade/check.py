@@ -188,7 +188,8 @@ def _probed(folder: Path) -> Iterator[Finding]:
             if not stored:
                 yield Finding(path, "is not a JSON object; degrade probe measures it anew")
             elif stored.get("csv") == digest(text):
-                parts[path.stem] = text
+                if (folder.parent / path.stem.removesuffix(".init")).is_dir():  # else the table leaves it out
+                    parts[path.stem] = text
             elif stored.get("csv"):
                 yield Finding(path.with_suffix(".csv"), "is not what was measured; degrade probe measures it anew")
         table = folder / f"{probe}.csv"

@@ -230,6 +230,10 @@ def test_check_looks_at_what_was_probed(study, data_dir, cli):
         with commit.hold(folder / store.LOCK):  # who probes writes one after the other
             assert cli("check", study.folder).exit_code == 0
         path.write_bytes(before)
+    table.write_text("".join(line for line in table.read_text().splitlines(keepends=True) if "plain-" not in line))
+    assert cli("check", study.folder).exit_code == 1
+    shutil.rmtree(study.folder / CONFIGS[0].run_id)  # whose rows are no part of the table any more
+    assert cli("check", study.folder).exit_code == 0
     shutil.rmtree(folder / "responses")  # parts stay out of git
     assert cli("check", study.folder).exit_code == 0
 

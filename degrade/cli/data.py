@@ -91,7 +91,7 @@ def fetch(
         except Failure:
             if name == text or not name.startswith("folder:"):
                 raise
-            data.folder.cache(name, folder).unlink()  # it is damaged, and the images themselves are here
+            data.folder.cache(name, folder).unlink(missing_ok=True)  # it is damaged, and the images themselves are here
             data.fetch(dataset_named(text, folder, size, skip_broken=skip_broken), folder)
         say(f"{short_name(name)}: {data.state(name, folder)}, in {folder}")
 
