@@ -150,7 +150,7 @@ def begin(study: Study, config: RunConfig, trained: Trained, splits: Splits) -> 
     (run,) = study.find([config])
     folder = run.folder / store.CHECKPOINTS
     with commit.hold_or_fail(run.folder / store.LOCK):
-        if commit.checkpoints(folder):
+        if run.outcome or commit.checkpoints(folder):
             return
         training = Training(config, splits)
         start_net(trained, training.net, training_batches(trained.config, splits, CALIBRATION_BATCHES))

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from degrade import commit, construction, store
 from degrade.analysis.identity import BATCH_SIZE, compare, deepen, normalised, stage_statistics
+from degrade.config import run_id
 from degrade.data import load
 from degrade.data.images import Images
 from degrade.nets import cifar_net
@@ -302,6 +303,23 @@ class TestCommand:
         assert (told.exit_code, told.stderr.count("\n")) == (1, 1)
         assert "the construction does not hold on this machine" in told.stderr
         assert len(list(results.iterdir())) == 1
+
+    def test_runs_that_were_published_without_their_checkpoints_are_done(self, results, cli):
+        """Under the run ids of an older version of degrade, too."""
+        run = construction_run(results, cli)
+        for folder in (run, *run.parent.glob("plain-8-*")):
+            shutil.rmtree(folder / store.CHECKPOINTS)
+        config = json.loads((run / store.CONFIG).read_text())
+        del config["augment"]
+        (run / store.CONFIG).write_bytes(store.to_json(config))
+        run = run.rename(run.with_name(run_id(config)))
+        before = {path: path.read_bytes() for path in run.parent.glob("*/*")}
+        told = cli("identity", shallow(results, "plain"), "--depth", "14", "--steps", "4")
+        assert told.exit_code == 0, told
+        assert "After 4 steps of training on" in told.stdout
+        after = {path: path.read_bytes() for path in run.parent.glob("*/*") if path.suffix in (".json", ".csv")}
+        assert after == {path: data for path, data in before.items() if path.suffix in (".json", ".csv")}
+        assert not [*run.parent.glob("*/checkpoints")]
 
     def test_initial_weights_that_are_lost_are_not_replaced_by_others(self, results, cli):
         config = construction_run(results, cli)
