@@ -126,7 +126,10 @@ def estimate(configs: Sequence[RunConfig], machine: Machine) -> dict[str, float]
 
 
 def _run_seconds(config: RunConfig, speed: Speed) -> float:
-    images = config.training_set_size + config.test_set_size + config.val_images
+    measured = config.training_set_size  # or as many as there are for the test, see `train.measured`
+    if config.family == "imagenet":
+        measured = min(measured, config.test_set_size)
+    images = measured + config.test_set_size + config.val_images
     return speed.start_up + config.steps * speed.step + config.epochs * images * speed.image
 
 

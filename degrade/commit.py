@@ -53,7 +53,7 @@ def write_file(path: Path, data: bytes, lock: "Lock | None" = None) -> None:
     Where a `lock` is given, only as long as it is in place.
 
     Raises:
-        OSError: the old file is still there, and no other.
+        OSError: the old file is still there, and no other; or the new one, where only its folder could not be synced.
         Failure: likewise; the lock has been taken away.
     """
     _publish(os.replace, path, data, lock)
@@ -65,7 +65,7 @@ def create_file(path: Path, data: bytes) -> bool:
     Of several processes that try at once, one succeeds. A file system without hard links cannot tell.
 
     Raises:
-        OSError: there is no such file.
+        OSError: there is no such file, or only its folder could not be synced.
     """
     if path.exists():
         return False

@@ -131,11 +131,14 @@ def resolve_device(device: str) -> str:
     if index >= there.get(kind, 0):
         found = ", ".join(f"{name} ({count})" for name, count in there.items() if count)
         raise ValueError(f"device must be auto or one that is there: {found}; got {device!r}")
-    return device
+    return "cpu" if kind == "cpu" else device  # there is but one
 
 
 def commit_interval(device: str) -> float:
-    """Seconds between commits, which is what a kill costs at most. A commit takes some 20 ms."""
+    """Seconds of training between commits, which is what a kill costs at most; an evaluation begins anew after it.
+
+    A commit takes some 20 ms.
+    """
     return 30.0 if device.startswith("cuda") else 10.0
 
 

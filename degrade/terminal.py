@@ -234,7 +234,7 @@ class SweepView:
             row.state = "waiting"
             self.line(f"{row.label}: no room beside the others; {event.value} at a time from here on")
         elif event.kind == "started":
-            row.state = "running"
+            row.state, row.start = "running", None  # where it was lost, it goes on from its last commit
         else:
             row.state = "diverged" if row.last and row.last.diverged else "done"
             if row.state == "diverged":

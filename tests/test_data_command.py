@@ -153,6 +153,34 @@ def test_pack_and_train(cli, flowers, tmp_path):
     assert result.stdout.endswith("flowers: sound\n")
 
 
+def test_a_store_that_another_process_has_packed_meanwhile_stays_as_it_is(cli, flowers, tmp_path, monkeypatch):
+    from degrade.data import pack
+
+    listed, store = pack.list_images, tmp_path / "store"
+
+    def slow(path):
+        monkeypatch.setattr(pack, "list_images", listed)
+        pack.pack(flowers, store)
+        before.update({path: path.read_bytes() for path in store.iterdir()})
+        return listed(path)
+
+    before = {}
+    monkeypatch.setattr(pack, "list_images", slow)
+    result = cli("data", "pack", flowers, store, "--short-side", "32")
+    assert (result.exit_code, "is there already, and stays as it is" in result.stderr) == (2, True)
+    assert before == {path: path.read_bytes() for path in store.iterdir() if path in before}
+
+
+def test_a_store_is_called_the_same_in_every_folder(cli, flowers, tmp_path, monkeypatch):
+    from degrade.data import pack
+
+    pack.pack(flowers, tmp_path / "store")
+    monkeypatch.chdir(tmp_path)
+    flowers.rename(tmp_path / "elsewhere")
+    flowers.symlink_to(tmp_path / "store")
+    assert pack.read_index(tmp_path / "store").name == "flowers"
+
+
 def test_two_that_pack_into_one_store(cli, flowers, tmp_path):
     from degrade.commit import hold, make_folder
 

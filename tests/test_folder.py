@@ -1,6 +1,7 @@
 """A folder of images of one's own: train/<class>/* and test/<class>/*."""
 
 import contextlib
+import errno
 import json
 import os
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from degrade import data
 from degrade.config import dataset_of
-from degrade.data import OFFICIAL, folder, listing
+from degrade.data import OFFICIAL, folder, listing, pack
 from degrade.errors import Failure
 
 RNG = np.random.default_rng(0)
@@ -153,6 +154,25 @@ class TestBroken:
         for name in ("train/rose/cut.png", "train/daisy/text.jpg", "test/rose/empty.png"):
             (broken / name).unlink()
         assert prepare(broken, cache).dataset == prepared.dataset
+
+    @pytest.mark.parametrize("error", [OSError(errno.EIO, "the disk is ill"), MemoryError()])
+    def test_what_is_no_fault_of_the_image_leaves_none_out(self, images, cache, tmp_path, monkeypatch, error):
+        """Or the cache would hold fewer images for good, under another name."""
+        calls, rgb = [], listing.rgb
+
+        def ill(path):
+            calls.append(path)
+            if len(calls) == 3:
+                raise error
+            return rgb(path)
+
+        for room, decode in ((folder, prepare), (pack, pack.pack)):
+            calls.clear()
+            monkeypatch.setattr(room, "rgb", ill)
+            with pytest.raises(type(error)):
+                decode(images, tmp_path / room.__name__, skip_broken=True)
+        sound = prepare(images, tmp_path / folder.__name__, skip_broken=True)
+        assert sound.dataset.startswith("folder:my-flowers:6+4:")
 
     def test_a_narrow_image_takes_no_more_memory_than_its_middle(self, tmp_path):
         put(tmp_path, "narrow.png", Image.new("RGB", (1, 60_000), (1, 2, 3)))

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from degrade import data
+from degrade import bench, data
 from degrade.config import RunConfig, dataset_of
 from degrade.data import imagenet, pack, stream
 from degrade.data.plan import SamplePlan
@@ -251,6 +251,11 @@ class TestTraining:
         about, notes = pack.pack(copy, tmp_path / "store", skip_broken=True)
         assert about.counts == (29, 15)
         assert "n02_0.JPEG" in notes[0]
+
+
+def test_an_epoch_s_evaluation_is_as_long_as_is_measured():
+    config = RunConfig(block="plain", depth=18, seed=0, dataset="imagenet:x:1000+50:2:64:0123456789ab", steps=10)
+    assert bench._run_seconds(config, bench.Speed(step=0, image=1, start_up=0)) == config.epochs * (50 + 50)
 
 
 class TestStore:

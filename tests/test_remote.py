@@ -349,6 +349,33 @@ def test_an_item_whose_jobs_last_may_lose_any_number_of_them(tmp_path, monkeypat
     assert kinds == {"started": 5, "value": 5, "lost": 4, "done": 1}
 
 
+class Queue(Processes):
+    """Where jobs wait for a while, and then vanish before they have said anything."""
+
+    def submit(self, jobs):
+        self.started += jobs
+        return [time.monotonic() for _ in jobs]
+
+    def state(self, submitted):
+        return "left the queue without a result" if time.monotonic() - submitted > 0.3 else None
+
+    def is_waiting(self, submitted):
+        return self.state(submitted) is None
+
+    def cancel(self, handles):
+        pass
+
+
+def test_time_in_a_queue_is_no_time_that_a_job_has_lasted(tmp_path, monkeypatch):
+    for name, value in (("LASTING", 0.2), ("TRIES", 3), ("UNHEARD", 0.1)):
+        monkeypatch.setattr(remote, name, value)
+    engine = Queue()
+    events = list(execute_elsewhere(engine, squares, [2], [[0]], tmp_path))
+    assert [event.kind for event in events] == ["lost", "lost", "failed"]
+    assert "it was tried 3 times" in str(events[-1].value)
+    assert len(engine.started) == 3
+
+
 def noted(item, place):
     folder, n = item
     with open(f"{folder}/begun-{n}", "a") as file:

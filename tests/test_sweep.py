@@ -512,6 +512,9 @@ class TestMachine:
         assert resolve_machine("cuda:1", nets, compiled="off")[0].places == ["cuda:1"]
         assert resolve_machine("cuda", nets, pack=4, jobs=3, compiled="off")[0].places == ["cuda:0", "cuda:1", "cuda:0"]
 
+    def test_the_cpu_is_one_device(self):
+        assert resolve_device("cpu:0") == resolve_device("cpu") == "cpu"
+
     @pytest.mark.parametrize("device", ["gpu", "cuda:99", "", "cpu:1", "xla"])
     def test_a_device_that_is_not_there(self, device):
         with pytest.raises(ValueError, match="device must be auto or one that is there: cpu"):

@@ -238,6 +238,25 @@ def test_measuring_measures():
     assert 0 < speed.image < speed.step < 10
 
 
+def test_a_run_that_was_lost_goes_on_from_its_last_commit(runs):
+    """An epoch that was told is not told again, and the pause is no part of the pace."""
+    text = Console(file=io.StringIO(), width=80)
+    shown = view(runs, text)
+    for event in (
+        Event(0, "started"),
+        Event(0, "value", Progress(0, None)),
+        Event(0, "value", Progress(8, epoch(1, 8))),
+        Event(0, "value", Progress(16, epoch(2, 16))),
+        Event(0, "lost", "its machine was lost"),
+        Event(0, "started"),
+        Event(0, "value", Progress(8, epoch(1, 8))),
+        Event(0, "value", Progress(16, epoch(2, 16))),
+    ):
+        shown.show(runs[0], event)
+    told = [line.split()[2] for line in text.file.getvalue().splitlines() if " epoch " in line]
+    assert told == ["1/3", "2/3", "2/3"]  # the second was trained twice
+
+
 def test_the_time_left_is_at_the_pace_since_the_start_or_resume(runs, monkeypatch):
     clock = iter([100.0, 110.0, 110.0])
     monkeypatch.setattr("degrade.terminal.time.monotonic", lambda: next(clock))

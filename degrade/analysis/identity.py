@@ -166,7 +166,7 @@ def compare(shallow: Net, deep: Net, batches: Iterable[tuple[Tensor, Tensor]], *
     """Logits, errors and losses of two nets that should agree, on the same images.
 
     Args:
-        shallow, deep: they stay as they are.
+        shallow, deep: left in the mode that they are measured in, and otherwise as they are.
         batches: normalised images (B, 3, H, W) and labels (B,).
         training: let BN use the statistics of each batch, as in training; otherwise in eval mode.
     """

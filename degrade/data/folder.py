@@ -21,7 +21,18 @@ from torch import Tensor
 from degrade.commit import hold, make_folder, write_file
 from degrade.config import FOLDER, short_name
 from degrade.data.images import read_arrays
-from degrade.data.listing import Listing, Prepared, count, first_few, in_parallel, known, list_images, name_of, rgb
+from degrade.data.listing import (
+    Listing,
+    Prepared,
+    count,
+    first_few,
+    in_parallel,
+    is_passing,
+    known,
+    list_images,
+    name_of,
+    rgb,
+)
 from degrade.errors import Failure
 
 SIZES = (8, 512)  # pixels, from the smallest that three stages can halve to more than memory likes
@@ -150,6 +161,8 @@ def _decode(path: Path, listing: Listing, size: int) -> tuple[list[tuple[np.ndar
         try:
             images[place] = read_image(files[place].path, size)
         except Exception as error:  # Pillow meets malformed bytes with almost any
+            if is_passing(error):
+                raise
             reason = " ".join(str(error).replace(str(files[place].path), "it").split()) or type(error).__name__
             problems[place] = f"{files[place].path.relative_to(path)} ({reason[:100]})"
 

@@ -1,6 +1,7 @@
 """Folders of images: which file is of which class, how one is read, and how a data set is called by what is in it."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -126,7 +127,19 @@ def _ordered(files: dict[str, list[Path]], classes: Sequence[str]) -> list[File]
 
 def name_of(path: Path) -> str:
     """What a folder is called in the name of its data set."""
-    return re.sub(r"[^a-z0-9._-]+", "-", path.resolve().name.lower())[:40].strip("-") or "images"
+    return spelt(path.resolve().name)
+
+
+def spelt(name: str) -> str:
+    """As it may stand in the name of a data set."""
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower())[:40].strip("-") or "images"
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the disk, the network or a lack of memory is to blame, and not the image."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno not in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENOTDIR)
+    return isinstance(error, MemoryError)
 
 
 def known(data_dir: Path, kind: str) -> list[str]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from degrade.commit import hold_or_fail, make_folder, write_file
 from degrade.data.images import read_arrays
-from degrade.data.listing import File, first_few, in_parallel, list_images, name_of, rgb
+from degrade.data.listing import File, first_few, in_parallel, is_passing, list_images, name_of, rgb, spelt
 from degrade.data.stream import Stream
 from degrade.errors import Failure
 
@@ -64,8 +64,7 @@ def pack(path: Path, store: Path, *, short_side: int = 480, skip_broken: bool = 
         Failure: files are broken.
         OSError: the disk is full, say; then there is no index, and packing again begins anew.
     """
-    if (store / INDEX).exists():
-        raise ValueError(f"{store} is there already, and stays as it is; choose another folder, or delete it")
+    _check_is_new(store)
     if short_side and not SIDES[0] <= short_side <= SIDES[1]:
         raise ValueError(f"short_side must be 0, or from {SIDES[0]} to {SIDES[1]} pixels; got {short_side}")
     listing = list_images(path)
@@ -74,6 +73,7 @@ def pack(path: Path, store: Path, *, short_side: int = 480, skip_broken: bool = 
     if 0 < short_side < 480:
         notes.append(f"crops of 224 pixels are cut from sides of up to 480, to which {short_side} are enlarged")
     with hold_or_fail(store / ".lock"):
+        _check_is_new(store)  # another process may have packed it meanwhile
         for split, files in zip(SPLITS, (listing.train, listing.test), strict=True):
             broken = _pack_split(store, split, files, short_side)
             if broken and not skip_broken:
@@ -94,6 +94,11 @@ def pack(path: Path, store: Path, *, short_side: int = 480, skip_broken: bool = 
     return read_index(store), notes
 
 
+def _check_is_new(store: Path) -> None:
+    if (store / INDEX).exists():
+        raise ValueError(f"{store} is there already, and stays as it is; choose another folder, or delete it")
+
+
 def _pack_split(store: Path, split: str, files: list[File], short_side: int) -> list[str]:
     """Write the pixels and where each image's are; what is wrong with each file that is broken."""
     shapes, labels, broken = [], [], []
@@ -110,6 +115,8 @@ def _pack_split(store: Path, split: str, files: list[File], short_side: int) -> 
                 )
             return np.asarray(image)
         except Exception as error:
+            if is_passing(error):
+                raise
             return f"{file.path} ({' '.join(str(error).split())[:100]})"
 
     with (store / f"{split}.bin").open("wb") as out:
@@ -143,7 +150,7 @@ def read_index(store: Path) -> Index:
         digest = hashlib.sha256(text).hexdigest()[:12]
         sums = {str(name): str(value) for name, value in about["sha256"].items()}
         return Index(
-            name_of(Path(str(about["name"]))),
+            spelt(str(about["name"])),
             (int(train), int(test)),
             list(map(str, about["classes"])),
             sums,

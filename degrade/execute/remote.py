@@ -225,7 +225,7 @@ def execute_elsewhere(
                     engine.cancel([attempt.handle])
                     how = how if attempt.where in how else f"{how} ({attempt.where})"
                 attempt.give_up()
-                lasted = time.monotonic() - attempt.began > LASTING
+                lasted = bool(attempt.where) and time.monotonic() - attempt.began > LASTING  # not its time in a queue
                 again = []
                 for i, item in attempt.job.items:
                     if i not in attempt.left:

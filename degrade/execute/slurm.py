@@ -18,7 +18,7 @@ from degrade.execute.remote import Job
 
 LOOK = 5.0  # seconds between two calls of squeue
 ARRAY = 1000  # jobs, which SLURM takes in one array unless it is told otherwise
-REQUEUES = 10_000  # that a job has: each is a time limit's worth of training, and none is in vain
+REQUEUES = 10_000  # that a job has: each is a time limit's worth of training
 RUNNING = ("RUNNING", "COMPLETING")
 OVER = ("", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
