@@ -285,7 +285,7 @@ class TestCache:
                 assert np.array_equal(train[0].numpy(), folder.read_image(images / "train/daisy/0.png", 32))
         for short in (0, 10, len(good) - 1):
             path.write_bytes(good[:short])
-            with pytest.raises(Failure, match=r"is damaged .*degrade data fetch folder:PATH --image-size 32"):
+            with pytest.raises(Failure, match=r"are damaged .*degrade data fetch folder:PATH --image-size 32"):
                 folder.load(prepared.dataset, cache)
 
     def test_another_cache_under_its_name_is_refused(self, images, cache):
@@ -293,7 +293,7 @@ class TestCache:
         put(images, "train/rose/3.png")
         second = prepare(images, cache).dataset
         folder.cache(second, cache).replace(folder.cache(first, cache))
-        with pytest.raises(Failure, match="its checksum is another"):
+        with pytest.raises(Failure, match="their checksum is another"):
             folder.load(first, cache)
 
     def test_missing(self, images, cache):
