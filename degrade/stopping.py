@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib.machinery import ExtensionFileLoader
+from types import FrameType
 from typing import NoReturn
 
 PATIENCE = 3.0  # seconds
@@ -33,17 +35,28 @@ def stopping(message: str) -> Iterator[None]:
     First `Stopped` is raised, and what runs may tidy up. Where nothing comes of that within a few seconds,
     since it was swallowed, say, or the interpreter is busy elsewhere, the process ends as it is: nothing that
     it leaves behind is needed. Signals that were ignored still are. Use it in the main thread.
+
+    While a library in C is imported it waits: an exception in what such a library calls may abort the process.
     """
     received: list[int] = []
+    postponed = threading.Event()
 
-    def stop(number: int, _: object) -> NoReturn:
+    def stop(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        if _imports_a_library_in_c(frame):
+            postponed.set()
+            return
         raise Stopped(number)
 
     def watch() -> None:
         while number := os.read(reader, 1):
             if number[0] in handlers:
-                time.sleep(PATIENCE)
+                end = time.monotonic() + PATIENCE
+                while time.monotonic() < end:
+                    time.sleep(0.05)
+                    if postponed.is_set():
+                        postponed.clear()
+                        os.kill(os.getpid(), number[0])
                 _leave(message, number[0])
         os.close(reader)
 
@@ -67,6 +80,15 @@ def stopping(message: str) -> Iterator[None]:
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
         os.close(writer)
+
+
+def _imports_a_library_in_c(frame: FrameType | None) -> bool:
+    while frame:
+        loads = frame.f_code.co_filename == "<frozen importlib._bootstrap_external>"
+        if loads and isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _leave(message: str, number: int) -> NoReturn:

@@ -527,6 +527,14 @@ MUTATIONS = [
         f"{PROCESSES}::test_a_stop_that_is_swallowed_or_converted_or_late_is_a_stop",
     ),
     Mutation(
+        "15",
+        "a stop is raised in the import of a library in C",
+        "degrade/stopping.py",
+        "            postponed.set()\n            return\n",
+        "            pass\n",
+        f"{PROCESSES}::test_a_stop_while_a_library_in_c_is_imported_waits_for_that",
+    ),
+    Mutation(
         "16",
         "a sweep joins any study",
         "degrade/store.py",

@@ -1,5 +1,6 @@
 """Promises 8, 15 and 17: sweeps that share a folder, are told to stop, or lose their parent."""
 
+import importlib.util
 import os
 import random
 import signal
@@ -209,6 +210,33 @@ def any_ended(process):
     """Its exit code, in a tuple, once it has ended."""
     code = process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
     return () if code is None else (code,)
+
+
+IMPORTING = """
+import enum, os, signal, time
+import torch
+from degrade.stopping import stopping
+
+plain, armed = enum.EnumType.__setattr__, [True]
+
+def setattr_and_stop(*arguments):
+    if armed:
+        os.kill(os.getpid(), armed.pop() and signal.SIGTERM)
+    plain(*arguments)
+
+with stopping("stopped"):
+    enum.EnumType.__setattr__ = setattr_and_stop
+    import triton._C.libtriton  # whose C++ ends the process at an exception
+    time.sleep(30)
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton, which torch brings on Linux")
+def test_a_stop_while_a_library_in_c_is_imported_waits_for_that():
+    began = time.monotonic()
+    process = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (143, "degrade: stopped\n")
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("how", ["swallowed", "converted", "in C"])
