@@ -21,7 +21,6 @@ from degrade import commit, store
 from degrade.config import RunConfig
 from degrade.data import Splits, Stream
 from degrade.data.images import Images
-from degrade.errors import Failure
 from degrade.evaluate import evaluate
 from degrade.log import Epoch, to_csv
 from degrade.nets import Block, Net, PreActivation, make_net
@@ -422,7 +421,7 @@ def import_weights(
     folder = run.folder
     with commit.hold_or_fail(folder / store.LOCK):
         if (folder / store.LOG).exists():
-            raise Failure(_there(run))
+            raise store.there_already(run)
         commit.write_file(folder / store.WEIGHTS, weights)
         commit.write_file(folder / store.IMPORTED, store.to_json(about))
         commit.write_file(folder / store.ENVIRONMENT, store.to_json(environment("cpu", torch.get_num_threads(), False)))
@@ -435,13 +434,9 @@ def _bring_back(run: Run, weights: bytes, sha256: str) -> Run:
     """Put the weights back into a run that was imported, and published without them."""
     with commit.hold_or_fail(run.folder / store.LOCK):
         if (run.folder / store.WEIGHTS).exists() or store.weights_sha256(run.folder) != sha256:
-            raise Failure(_there(run))
+            raise store.there_already(run)
         commit.write_file(run.folder / store.WEIGHTS, weights)
     return run
-
-
-def _there(run: Run) -> str:
-    return f"{run.folder} is there already, and stays as it is; --seed or --study gives this one its own"
 
 
 def _measure(net: Net, split: Images | Stream, mean: Tensor) -> tuple[float, float]:

@@ -80,6 +80,10 @@ def weights_sha256(folder: Path) -> str | None:
     return read_json(record).get("weights" if record.name == IMPORTED else "sha256") if record.exists() else None
 
 
+def there_already(run: "Run") -> Failure:
+    return Failure(f"{run.folder} is there already, and stays as it is; --seed or --study gives this one its own")
+
+
 def read_identity(folder: Path) -> dict[str, Any] | None:
     """What `degrade identity` has stored in a study's folder; None where it has not been there.
 

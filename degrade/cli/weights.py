@@ -139,7 +139,7 @@ def import_(
     chosen.check([config])
     (run,) = chosen.find([config])
     if (run.folder / store.LOG).exists() and (run.folder / store.WEIGHTS).exists():
-        leave(f"{run.folder} is there already, and stays as it is; --seed or --study gives another", 1)
+        raise store.there_already(run)
     check_is_one_of(ZERO_CHANNELS, "--zero-channels", zero_channels)
     data = weights.read_bytes()
 
