@@ -1,3 +1,4 @@
+import math
 import re
 import shlex
 import subprocess
@@ -9,7 +10,7 @@ import typer
 
 import degrade
 from degrade import plots, store
-from degrade.analysis.verdict import data_sets_of
+from degrade.analysis.verdict import data_sets_of, finished
 from degrade.cli import app
 from degrade.log import COLUMNS
 from degrade.report import write_report
@@ -170,7 +171,7 @@ STUDIES = sorted((ROOT / "results").glob("*/study.json"))
 class TestReferenceResults:
     def test_every_run_is_done_and_named_by_its_configuration(self, path):
         study = store.Study.open(path.parent)
-        counts = {"a-martyn": 8, "cifar10-short": 16, "cifar10-demo": 12, "shapes-demo": 12}
+        counts = {"a-martyn": 8, "cifar10-short": 18, "cifar10-demo": 12, "shapes-demo": 12}
         counts |= {"cifar10-grey-demo": 12, "cifar10-half-demo": 12}  # a construction: 2
         assert [run.status for run in study.runs] == ["done"] * counts.get(path.parent.name, 2)
         assert path.parent.name in TEXT
@@ -191,6 +192,19 @@ class TestReferenceResults:
     def test_nothing_in_it_names_a_machine(self, path):
         for file in [*path.parent.rglob("*.json"), *path.parent.rglob("*.csv"), *path.parent.rglob("*.svg")]:
             assert not re.search(r"/(home|root|Users|tmp|work)/", file.read_text()), file
+
+
+def test_what_the_readme_says_of_short():
+    """In words: "the deeper a plain net, the less it learns, and with 110 layers nothing", and of residual nets."""
+    final = finished(degrade.load(ROOT / "results" / "cifar10-short"))
+    assert final.groupby("depth")["seed"].nunique().to_dict() == {20: 3, 32: 1, 44: 1, 56: 3, 110: 1}
+    errors = final.groupby(["block", "depth"])["train_error"].mean()
+    plain, residual = errors["plain"], errors["residual"]
+    assert plain.is_monotonic_increasing
+    assert plain[110] > 0.9 - 3 * math.sqrt(0.9 * 0.1 / 50_000)  # within three standard deviations of guessing
+    plain_behind, residual_behind = ((net - net[20]).drop(20) for net in (plain, residual))
+    assert (residual_behind > 0).all()
+    assert (residual_behind < plain_behind).all()
 
 
 def test_the_figures_of_several_data_sets_are_of_the_results(tmp_path):

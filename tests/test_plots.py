@@ -149,6 +149,19 @@ def test_diverged_runs_stand_at_chance(tmp_path):
     np.testing.assert_allclose(drawn["plain"].get_ydata(), [0.5, 0.9])
 
 
+def test_a_net_at_chance_does_not_cover_the_word(tmp_path):
+    write_run(tmp_path / "s", smoke("plain", 8), [(0.5, 0.5)])
+    write_run(tmp_path / "s", smoke("plain", 14), [(0.9, 0.9)])
+    figure = plots.figures(degrade.load(tmp_path))["training-error"]
+    figure.draw_without_rendering()
+    (word,) = (text for text in figure.axes[0].texts if text.get_text() == "chance")
+    line = lines(figure)["plain"]
+    _, marker = line.get_transform().transform(line.get_xydata()[-1])
+    half = (line.get_markersize() / 2 + line.get_markeredgewidth()) * figure.dpi / 72
+    assert marker + half < word.get_window_extent().y0
+    assert word.get_window_extent().y1 < figure.axes[0].get_window_extent().y1
+
+
 def test_a_diverged_seed_stays_in_the_curves_at_chance(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / "s", smoke(seed=seed), [(0.8, 0.8), (0.4, 0.4), (0.2, 0.2)])
