@@ -291,8 +291,9 @@ def _error_axis(ax: Axes, errors: "Sequence[float] | np.ndarray", dataset: str, 
         chance = chance_error(dataset)
         if (drawn > 0.6 * chance).any():
             ax.axhline(chance, color="0.4", linewidth=0.8, linestyle=(0, (6, 4)))
-            above = {"textcoords": "offset points", "xytext": (0, 7)}  # clear of the marker of a net that is there
-            ax.annotate("chance", (1, chance), xycoords=("axes fraction", "data"), ha="right", fontsize=8, **above)
+            clear = (0, 7)  # of the marker of a net that is there
+            at = ("axes fraction", "data")
+            ax.annotate("chance", (1, chance), clear, at, "offset points", ha="right", fontsize=8)
             ax.set_ylim(top=max(1.1 * chance, ax.get_ylim()[1]))
     ax.yaxis.set_major_formatter(formatter)
     ax.spines[["top", "right"]].set_visible(False)
