@@ -69,7 +69,7 @@
       }
       if (chance) {
         add(svg, "line", { class: "chance", x1: left, x2: right, y1: y(film.chance), y2: y(film.chance) });
-        add(svg, "text", { x: right, y: y(film.chance) - 5, "text-anchor": "end" }, "chance");
+        add(svg, "text", { x: right, y: y(film.chance) - 10, "text-anchor": "end" }, "chance");
       }
       let free = -Infinity;
       for (const depth of depths) {
