@@ -294,7 +294,9 @@ def _error_axis(ax: Axes, errors: "Sequence[float] | np.ndarray", dataset: str, 
             clear = (0, 7)  # of the marker of a net that is there
             at = ("axes fraction", "data")
             ax.annotate("chance", (1, chance), clear, at, "offset points", ha="right", fontsize=8)
-            ax.set_ylim(top=max(1.1 * chance, ax.get_ylim()[1]))
+            low, top = ax.get_ylim()
+            room = (chance / low) ** 0.08 if low else 1.08  # for the word: 8 % of the axis, logarithmic or not
+            ax.set_ylim(top=max(room * chance, top))
     ax.yaxis.set_major_formatter(formatter)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="0.9", linewidth=0.8)

@@ -149,8 +149,9 @@ def test_diverged_runs_stand_at_chance(tmp_path):
     np.testing.assert_allclose(drawn["plain"].get_ydata(), [0.5, 0.9])
 
 
-def test_a_net_at_chance_does_not_cover_the_word(tmp_path):
-    write_run(tmp_path / "s", smoke("plain", 8), [(0.5, 0.5)])
+@pytest.mark.parametrize("shallow", [0.5, 0.001])  # on a linear axis and a logarithmic one
+def test_a_net_at_chance_does_not_cover_the_word(tmp_path, shallow):
+    write_run(tmp_path / "s", smoke("plain", 8), [(shallow, shallow)])
     write_run(tmp_path / "s", smoke("plain", 14), [(0.9, 0.9)])
     figure = plots.figures(degrade.load(tmp_path))["training-error"]
     figure.draw_without_rendering()

@@ -26,14 +26,15 @@
     const positive = all.filter((error) => error > 0);
     const [low, high] = [Math.min(...positive), Math.max(...positive, 0.01)];
     const chance = high > 0.6 * film.chance;
-    const max = Math.max(1.08 * high, chance ? 1.08 * film.chance : 0);
     if (positive.length && high > 30 * low) {
       const min = 0.8 * low;
+      const max = Math.max(1.08 * high, chance ? film.chance * (film.chance / min) ** 0.08 : 0); // room for the word
       const ticks = [];
       for (let power = -5; power < 0; power++) for (const digit of [1, 2, 5]) ticks.push(digit * 10 ** power);
       const y = (error) => bottom - (bottom - top) * Math.log(Math.max(error, min) / min) / Math.log(max / min);
       return { y, chance, ticks: ticks.filter((tick) => tick >= min && tick <= max) };
     }
+    const max = Math.max(1.08 * high, chance ? 1.08 * film.chance : 0);
     const step = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2].find((size) => max / size <= 6);
     const ticks = Array.from({ length: Math.floor(max / step) + 1 }, (_, i) => i * step);
     return { y: (error) => bottom - (bottom - top) * error / max, chance, ticks };
