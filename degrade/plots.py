@@ -291,9 +291,15 @@ def _error_axis(ax: Axes, errors: "Sequence[float] | np.ndarray", dataset: str, 
         chance = chance_error(dataset)
         if (drawn > 0.6 * chance).any():
             ax.axhline(chance, color="0.4", linewidth=0.8, linestyle=(0, (6, 4)))
-            clear = (0, 7)  # of the marker of a net that is there
-            at = ("axes fraction", "data")
-            ax.annotate("chance", (1, chance), clear, at, "offset points", ha="right", fontsize=8)
+            ax.annotate(
+                "chance",
+                xy=(1, chance),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 7),  # clear of the marker of a net that is there
+                textcoords="offset points",
+                ha="right",
+                fontsize=8,
+            )
             low, top = ax.get_ylim()
             room = (chance / low) ** 0.08 if low else 1.08  # for the word: 8 % of the axis, logarithmic or not
             ax.set_ylim(top=max(room * chance, top))
